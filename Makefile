@@ -1,0 +1,72 @@
+# Set-up happens by itself: every target that needs the environment makes .venv first.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := .venv/.installed
+# Where the torch wheel comes from. Empty: a CPU wheel if pip's own indexes have one, else the
+# CPU wheels of download.pytorch.org. For a GPU: make setup TORCH_INDEX=https://download.pytorch.org/whl/cu128
+TORCH_INDEX ?=
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+# Extra arguments for pytest, for example: make test PYTEST_ARGS="-k trace"
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test check format clean
+
+help:  ## show this help
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@echo
+	@echo "Variables: RUN_DIR=DIR (demo), PYTEST_ARGS=... (test), PYTHON=... and TORCH_INDEX=URL (set-up)"
+
+setup: $(INSTALLED)  ## make .venv with everything that demo, test and check need
+
+# `python3` where it is new enough, else the newest that is there. A command can exist and not run
+# (version managers leave such shims), so each candidate is tried.
+$(INSTALLED): pyproject.toml constraints.txt
+	@set -e; \
+	if [ ! -x $(BIN)/python ]; then \
+	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then echo "marft-graph needs Python 3.11 or newer; set PYTHON=/path/to/python3" >&2; exit 1; fi; \
+	  echo "Making .venv with $$("$$found" --version) ..."; \
+	  "$$found" -m venv .venv; \
+	fi
+	@echo "Installing torch $(TORCH) and the rest of constraints.txt (a few minutes the first time) ..."
+ifeq ($(TORCH_INDEX),)
+	@$(PIP) install -q "torch==$(TORCH)+cpu" -c constraints.txt 2>/dev/null \
+	  || $(PIP) install -q --extra-index-url $(CPU_INDEX) "torch==$(TORCH)" -c constraints.txt
+else
+	@$(PIP) install -q --extra-index-url $(TORCH_INDEX) "torch==$(TORCH)" -c constraints.txt
+endif
+	@$(PIP) install -q -e ".[dev]" -c constraints.txt
+	@touch $@
+
+# Without RUN_DIR, the first of runs/demo, runs/demo-2, ... that is free; a folder that was named is
+# never replaced (the command line refuses one that is not empty).
+demo: $(INSTALLED)  ## train workflows/math_duo into RUN_DIR (default runs/demo)
+	@run="$(RUN_DIR)"; \
+	if [ -z "$$run" ]; then \
+	  run=runs/demo; n=2; \
+	  while [ -e "$$run" ]; do run=runs/demo-$$n; n=$$((n + 1)); done; \
+	fi; \
+	echo "Training workflows/math_duo into $$run"; \
+	exec $(BIN)/marft-graph train workflows/math_duo --run-dir "$$run"
+
+test: $(INSTALLED)  ## run the tests (CPU, offline)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(INSTALLED)  ## lint, format and strict types, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+
+format: $(INSTALLED)  ## format the code and fix what can be fixed safely
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+clean:  ## remove caches and build output (not .venv, not runs)
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print | xargs rm -rf

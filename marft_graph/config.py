@@ -1,0 +1,254 @@
+"""Every setting of a training run, in one frozen dataclass.
+
+A field's metadata carries its description, unit and range: validation, `--help` and the settings
+page of the documentation all read them from here, so they cannot disagree. Library functions take
+the values they need; only the trainer and the command line know `TrainConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from marft_graph.errors import ConfigError
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A dataclass field with its description, unit and range (bounds inclusive but `above`)."""
+    metadata = {
+        "help": help,
+        "unit": unit,
+        "at_least": at_least,
+        "at_most": at_most,
+        "above": above,
+    }
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of a training run; every field has a default but `base_model`.
+
+    Raises:
+        ConfigError: a value has the wrong type or is out of range; the message names the setting,
+            the value and what is accepted.
+
+    >>> TrainConfig(base_model="Qwen/Qwen2.5-0.5B-Instruct", learning_rate=1e-5).group_size
+    8
+    >>> TrainConfig(base_model="m", clip_ratio=-1)
+    Traceback (most recent call last):
+    ...
+    marft_graph.errors.ConfigError: clip_ratio is -1; it must be above 0
+    """
+
+    # Models
+    base_model: str = setting("", "hub id or local folder of the frozen causal LM under all adapters")
+    device: str = setting("auto", "torch device of the base model; auto lets accelerate choose")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "precision of the frozen base; adapters are always float32"
+    )
+    trust_remote_code: bool = setting(
+        False, "run Python code that comes with the base model from the hub"
+    )
+    nodes: tuple[str, ...] = setting((), "nodes to train, as `inspect` names them; none: every agent")
+    lora_rank: int = setting(16, "rank of each node's LoRA adapter", at_least=1)
+    lora_alpha: float = setting(32.0, "LoRA scale: updates are multiplied by alpha / rank", above=0)
+    lora_targets: tuple[str, ...] = setting(
+        ("all-linear",), "names of the modules that get LoRA; all-linear: every linear layer"
+    )
+
+    # Rollout
+    iterations: int = setting(100, "training iterations (rollout, then update)", at_least=0)
+    examples_per_iteration: int = setting(8, "different examples in an iteration", at_least=1)
+    group_size: int = setting(8, "episodes of each example in an iteration", at_least=1)
+    temperature: float | None = setting(
+        None, "sampling temperature in training; none: what the app asks for, else 1", at_least=0
+    )
+    max_new_tokens: int = setting(
+        256, "most tokens of a completion, where the app sets no limit", unit="tokens", at_least=1
+    )
+    concurrency: int = setting(256, "episodes that run at once", at_least=1)
+    max_batch_size: int = setting(256, "completions that the local engine decodes at once", at_least=1)
+    episode_timeout: float = setting(600.0, "deadline of one episode", unit="seconds", above=0)
+    reward_timeout: float = setting(60.0, "deadline of one reward call", unit="seconds", above=0)
+    max_failed_share: float = setting(
+        0.5, "stop if a larger share of an iteration's episodes fails", at_least=0, at_most=1
+    )
+
+    # Learning
+    level: Literal["token", "action"] = setting(
+        "token", "what a PPO ratio covers: each token (MARFT-T) or the whole completion (MARFT-A)"
+    )
+    advantage: Literal["gae", "group"] = setting(
+        "gae", "credit: GAE on the call graph with a critic, or relative to the example's group"
+    )
+    gamma: float = setting(1.0, "discount from a call to the calls that depend on it", at_least=0, at_most=1)
+    lam: float = setting(0.95, "GAE lambda across calls", at_least=0, at_most=1)
+    gamma_token: float = setting(1.0, "discount between tokens of a call", at_least=0, at_most=1)
+    lam_token: float = setting(1.0, "GAE lambda between tokens of a call", at_least=0, at_most=1)
+    normalize_advantages: bool = setting(
+        True, "scale each agent's advantages to mean 0 and deviation 1 (gae), or by the group's deviation (group)"
+    )
+    group_by: Literal["example", "call"] = setting(
+        "call", "group baseline over an example's episodes, or over the same call (node, turn) of them"
+    )
+    action_logprob: Literal["sum", "token", "word"] = setting(
+        "token", "action level: how an action's log-prob is scaled (not, by its tokens, by its words)"
+    )
+    learning_rate: float = setting(1e-4, "AdamW step of the adapters", above=0)
+    critic_learning_rate: float = setting(1e-3, "AdamW step of the value heads", above=0)
+    critic_epochs: int = setting(
+        8, "passes of a value head over an iteration's states; they are computed once", at_least=1
+    )
+    critic_warmup: int = setting(
+        0, "first iterations that train the critics only", unit="iterations", at_least=0
+    )
+    weight_decay: float = setting(0.0, "AdamW weight decay of the adapters", at_least=0)
+    epochs: int = setting(1, "passes over an iteration's calls", at_least=1)
+    minibatches: int = setting(1, "optimizer steps in a pass", at_least=1)
+    microbatch_tokens: int = setting(
+        16384, "padded tokens in one forward pass of the update; bounds its memory", unit="tokens", at_least=1
+    )
+    clip_ratio: float = setting(0.2, "PPO clip range of the ratio: 1 - c to 1 + c", above=0)
+    clip_ratio_high: float | None = setting(
+        None, "upper clip range where it differs from the lower one", above=0
+    )
+    value_clip: float | None = setting(0.2, "PPO clip range of the value; none: not clipped", above=0)
+    value_loss: Literal["huber", "mse"] = setting("huber", "loss of the value heads")
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus", at_least=0)
+    kl_coef: float = setting(0.0, "weight of the KL to the base model", at_least=0)
+    kl_in: Literal["loss", "reward"] = setting("loss", "whether the KL is a loss term or part of the reward")
+    target_kl: float | None = setting(
+        None, "skip an agent's further epochs once its KL to the sampling policy passes this", above=0
+    )
+    max_grad_norm: float = setting(1.0, "gradient clipping, per agent", above=0)
+
+    # Run
+    seed: int = setting(0, "seed of data order, sampling and initial adapters", at_least=0)
+    eval_every: int = setting(20, "iterations between evaluations; 0: only before and after", at_least=0)
+    eval_examples: int = setting(256, "held-out examples in an evaluation; 0: all", at_least=0)
+    checkpoint_every: int = setting(20, "iterations between checkpoints; 0: only at the end", at_least=0)
+    keep_checkpoints: int = setting(3, "newest checkpoints that stay on disk", at_least=1)
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for spec in dataclasses.fields(self):
+            value = _coerced(spec.name, getattr(self, spec.name), hints[spec.name])
+            object.__setattr__(self, spec.name, value)
+            _check_range(spec, value)
+
+    @property
+    def episodes_per_iteration(self) -> int:
+        """Episodes started in one iteration."""
+        return self.examples_per_iteration * self.group_size
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Settings from a mapping such as a parsed YAML file; unknown names are refused."""
+        known = [spec.name for spec in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ConfigError(f"unknown setting {name!r}{hint} (see `marft-graph train --help`)")
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainConfig:
+        """Settings from a YAML file."""
+        return cls.from_mapping(read_yaml(path))
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with some settings changed."""
+        return type(self).from_mapping({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for YAML or JSON (tuples become lists)."""
+        plain = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or holds something other than a mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read settings from {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path} must hold `name: value` lines, one for each setting")
+    return values
+
+
+def _coerced(name: str, value: Any, hint: Any) -> Any:
+    """The value in the type its field declares, or a ConfigError that says what is accepted."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value in args and isinstance(value, str):
+            return value
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(str, args))}")
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        inner = next(arg for arg in args if arg is not type(None))
+        return _coerced(name, value, inner)
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
+            return tuple(items)
+        raise ConfigError(f"{name} is {value!r}; it must be a list of names")
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value) if value == value else _reject(name, value, "a number")
+    if hint is float and isinstance(value, str):  # YAML reads 1e-4 as a string
+        try:
+            return _coerced(name, float(value), float)
+        except ValueError:
+            pass
+    if hint is str and isinstance(value, str | Path):
+        return str(value)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return _reject(name, value, words[hint])
+
+
+def _reject(name: str, value: Any, accepted: str) -> typing.NoReturn:
+    raise ConfigError(f"{name} is {value!r}; it must be {accepted}")
+
+
+def _check_range(spec: dataclasses.Field[Any], value: Any) -> None:
+    if value is None or isinstance(value, str | bool | tuple):
+        return
+    shown = int(value) if float(value).is_integer() else value
+    low, high, above = (spec.metadata.get(key) for key in ("at_least", "at_most", "above"))
+    if above is not None and not value > above:
+        raise ConfigError(f"{spec.name} is {shown}; it must be above {above}")
+    if low is not None and high is not None and not low <= value <= high:
+        raise ConfigError(f"{spec.name} is {shown}; it must be between {low} and {high}")
+    if low is not None and value < low:
+        raise ConfigError(f"{spec.name} is {shown}; it must be at least {low}")

@@ -1,0 +1,159 @@
+"""Adapters out of a run: one PEFT folder per node and a manifest that ties them to graph and base.
+
+An export folder is all that production needs beside the base model. Nothing here samples or trains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from marft_graph.config import TrainConfig, read_yaml
+from marft_graph.errors import ExportError
+from marft_graph.graph.flex_mg import FlexMG
+from marft_graph.names import agent_of_adapter
+from marft_graph.run.checkpoint import latest_checkpoint
+
+FORMAT = 1
+_VERSIONED = ("marft-graph", "torch", "transformers", "peft", "langgraph", "langchain-core")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an export folder says of itself (`manifest.json`)."""
+
+    base_model: str
+    dtype: str
+    graph_hash: str
+    nodes: Mapping[str, str]
+    """Agent path -> adapter folder, relative to the export folder."""
+    max_new_tokens: int
+    lora_rank: int
+    metrics: Mapping[str, Any]
+    sha256: Mapping[str, str]
+    """Digest of every other file in the folder, by relative path."""
+
+
+def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
+    """Write the adapters of a run's newest intact checkpoint to `out_dir`.
+
+    Raises:
+        ExportError: `run_dir` is no run folder, or `out_dir` exists and is not empty.
+    """
+    run = Path(run_dir)
+    if not (run / "config.yaml").is_file() or not (run / "graph.json").is_file():
+        raise ExportError(f"{run} is no run folder: it has no config.yaml and graph.json")
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        raise ExportError(f"{run} has no checkpoint that verifies; train first")
+    settings = read_yaml(run / "config.yaml")
+    settings.pop("dataset", None)
+    flex_mg = FlexMG.from_dict(json.loads((run / "graph.json").read_text(encoding="utf-8")))
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return write_export(
+        checkpoint / "adapters",
+        Path(out_dir),
+        flex_mg,
+        TrainConfig.from_mapping(settings),
+        {"iteration": state["iteration"], "eval_return": state.get("eval_return")},
+    )
+
+
+def write_export(
+    adapters: Path,
+    out_dir: Path,
+    flex_mg: FlexMG,
+    config: TrainConfig,
+    metrics: Mapping[str, Any],
+) -> Path:
+    """Copy adapter folders (`adapters/NAME`) to `out_dir` with manifest and README.
+
+    Raises:
+        ExportError: `out_dir` exists and is not empty.
+    """
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ExportError(f"{out_dir} exists and is not empty; give a new folder")
+    shutil.copytree(adapters, out_dir / "adapters", dirs_exist_ok=True)
+    names = sorted(folder.name for folder in (out_dir / "adapters").iterdir())
+    base = Path(config.base_model).expanduser()
+    manifest = {
+        "format": FORMAT,
+        "base_model": str(base.resolve()) if base.is_dir() else config.base_model,
+        "dtype": config.dtype,
+        "graph_hash": flex_mg.hash,
+        "nodes": {agent_of_adapter(name): f"adapters/{name}" for name in names},
+        "max_new_tokens": config.max_new_tokens,
+        "lora_rank": config.lora_rank,
+        "metrics": dict(metrics),
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
+    }
+    command = vllm_command(str(manifest["base_model"]), names, out_dir, config.lora_rank)
+    (out_dir / "README.md").write_text(_readme(command, list(manifest["nodes"])), encoding="utf-8")
+    manifest["sha256"] = {
+        file.relative_to(out_dir).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(out_dir.rglob("*"))
+        if file.is_file()
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (out_dir / "manifest.json").write_text(text, encoding="utf-8")
+    return out_dir
+
+
+def read_manifest(export_dir: str | Path) -> Manifest:
+    """The manifest of an export folder, every file checked against its digest.
+
+    Raises:
+        ExportError: the folder or its manifest is missing, or a file is missing or changed.
+    """
+    folder = Path(export_dir)
+    path = folder / "manifest.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        manifest = Manifest(
+            **{name: raw[name] for name in Manifest.__dataclass_fields__}  # no defaults: all needed
+        )
+    except OSError as error:
+        raise ExportError(f"{folder} is no export folder: cannot read {path.name}: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{path} is no manifest of an export: {error!r}") from error
+    for name, digest in manifest.sha256.items():
+        file = folder / name
+        if not file.is_file():
+            raise ExportError(f"{folder} is incomplete: {name} is missing")
+        if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            raise ExportError(f"{folder} is damaged: {name} differs from what was exported")
+    return manifest
+
+
+def vllm_command(base_model: str, names: list[str], out_dir: Path, rank: int) -> str:
+    """The command that serves base and adapters on vLLM; each node calls its adapter's name."""
+    modules = " ".join(f"{name}={out_dir / 'adapters' / name}" for name in names)
+    return (
+        f"vllm serve {base_model} --served-model-name base --enable-lora "
+        f"--max-lora-rank {_served_rank(rank)} --max-loras {len(names)} --lora-modules {modules}"
+    )
+
+
+def _served_rank(rank: int) -> int:
+    """vLLM accepts only these bounds on the rank."""
+    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+
+
+def _readme(command: str, nodes: list[str]) -> str:
+    return (
+        "# Adapters trained by marft-graph\n\n"
+        f"One LoRA adapter in PEFT format for each of these nodes: {', '.join(nodes)}.\n\n"
+        "In process:\n\n"
+        "```python\n"
+        "from marft_graph import bind\n\n"
+        "app = bind(graph, 'THIS_FOLDER')  # graph: your unchanged LangGraph app\n"
+        "```\n\n"
+        "On vLLM, where each node calls its adapter's model name:\n\n"
+        f"```\n{command}\n```\n"
+    )

@@ -1,0 +1,277 @@
+"""The local engine: transformers in process, all waiting calls of all nodes in one running batch.
+
+A thread decodes. Calls join the running batch as they arrive; identical prompts that arrive
+together are prefilled once; each row has its own adapter, length, temperature and random stream.
+Knows the policy, but nothing of graphs or episodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from marft_graph.engine.base import ChatCodec, Completion, Gate, GenerationRequest
+from marft_graph.engine.cache import RowCache
+from marft_graph.episode import FinishReason
+from marft_graph.errors import EngineError, PromptTooLongError
+from marft_graph.policy.adapters import Policy
+from marft_graph.policy.logprobs import scaled_logprobs
+
+logger = logging.getLogger(__name__)
+
+# Padded prompt tokens in one prefill pass; bounds its memory.
+_PREFILL_TOKENS = 16384
+
+
+@dataclass(eq=False, slots=True)
+class _Row:
+    """A completion in the running batch."""
+
+    request: GenerationRequest
+    future: Future[Completion]
+    limit: int
+    """Most tokens this completion may still have in the context."""
+    uniforms: np.ndarray
+    """One uniform number per token, from the call's own seed: neighbours do not change a sample."""
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class LocalEngine:
+    """Samples from a `Policy` in a thread of its own; thread-safe.
+
+    The engine shares the policy's weights with the learner: publishing a version copies nothing,
+    but nobody may update the weights while completions are running.
+    """
+
+    def __init__(self, policy: Policy, *, max_batch_size: int = 256, version: int = 0) -> None:
+        self._policy = policy
+        self._max_batch_size = max_batch_size
+        self._version = version
+        self._waiting: deque[tuple[GenerationRequest, Future[Completion]]] = deque()
+        self._changed = threading.Condition()
+        self._gate: Gate | None = None
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._rows: list[_Row] = []
+        self._cache = RowCache(int(policy.config.num_hidden_layers), policy.device)
+
+    def codec(self, agent: str | None) -> ChatCodec:
+        """The codec of the one base model behind all agents."""
+        return self._policy.codec
+
+    def publish(self, version: int) -> None:
+        """Say which version the policy's weights now are; completions carry it."""
+        with self._changed:
+            if self._rows or self._waiting:
+                raise EngineError("weights cannot change while completions are running")
+            self._version = version
+
+    def use_gate(self, gate: Gate | None) -> None:
+        """Wait for `gate` before calls join the batch, so that batches are the same every run."""
+        self._gate = gate
+
+    def submit(self, request: GenerationRequest) -> Future[Completion]:
+        """Queue a request.
+
+        Raises:
+            EngineError: the engine is closed, or does not know the agent.
+            PromptTooLongError: the prompt leaves no room for a token.
+        """
+        if request.agent is not None and request.agent not in self._policy.agents:
+            raise EngineError(
+                f"no adapter {request.agent!r}; this engine has {', '.join(self._policy.agents)}"
+            )
+        room = self._policy.codec.context_length - len(request.prompt_ids)
+        if room < 1 or not request.prompt_ids:
+            raise PromptTooLongError(
+                f"prompt of {request.agent or 'the base model'} has {len(request.prompt_ids)} tokens; "
+                f"the context of {self._policy.codec.context_length} needs room for an answer"
+            )
+        future: Future[Completion] = Future()
+        with self._changed:
+            if self._closed:
+                raise EngineError("the engine is closed")
+            self._waiting.append((request, future))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="marft-engine", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+        return future
+
+    def close(self) -> None:
+        """Stop the thread; what still waits fails with `EngineError`."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join(timeout=60)
+        self._fail_all(EngineError("the engine was closed"))
+
+    def _run(self) -> None:
+        must_wait = True
+        while self._wait_for_work():
+            try:
+                if must_wait and self._gate is not None:
+                    self._gate.wait()
+                self._admit()
+                must_wait = self._decode() if self._rows else True
+            except Exception as error:  # an engine thread must never die with callers waiting
+                logger.exception("the local engine failed")
+                failure = EngineError(f"the local engine failed: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                self._fail_all(failure)
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            while not (self._closed or self._waiting or self._rows):
+                self._changed.wait()
+            return not self._closed
+
+    def _fail_all(self, error: EngineError) -> None:
+        with self._changed:
+            waiting = [future for _, future in self._waiting] + [row.future for row in self._rows]
+            self._waiting.clear()
+            self._rows.clear()
+        for future in waiting:
+            with contextlib.suppress(Exception):  # cancelled or resolved meanwhile
+                future.set_exception(error)
+
+    def _admit(self) -> None:
+        """Move waiting calls into the batch, as many as fit, in the order of their keys."""
+        with self._changed:
+            waiting = sorted(
+                (item for item in self._waiting if not item[1].cancelled()),
+                key=lambda item: item[0].order,
+            )
+            room = self._max_batch_size - len(self._rows)
+            self._waiting = deque(waiting[room:])
+        rows = [self._new_row(request, future) for request, future in waiting[:room]]
+        rows.sort(key=lambda row: len(row.request.prompt_ids))  # stable: little padding
+        while rows:
+            chunk = rows[: max(1, _PREFILL_TOKENS // len(rows[-1].request.prompt_ids))]
+            rows = rows[len(chunk) :]
+            self._prefill(chunk)
+
+    def _new_row(self, request: GenerationRequest, future: Future[Completion]) -> _Row:
+        room = self._policy.codec.context_length - len(request.prompt_ids)
+        limit = max(1, min(request.sampling.max_tokens, room))
+        uniforms = np.random.Generator(np.random.Philox(key=request.seed)).random(limit)
+        return _Row(request, future, limit, uniforms)
+
+    def _prefill(self, rows: list[_Row]) -> None:
+        """Run the distinct prompts of new rows once, copy their caches, sample the first tokens."""
+        distinct: dict[tuple[str | None, tuple[int, ...]], int] = {}
+        for row in rows:
+            distinct.setdefault((row.request.agent, row.request.prompt_ids), len(distinct))
+        prompts = [ids for _, ids in distinct]
+        longest = max(map(len, prompts))
+        device = self._policy.device
+        ids_UT = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in prompts], device=device)
+        last_U = torch.tensor([len(ids) - 1 for ids in prompts], device=device)
+        prefilled = DynamicCache(config=self._policy.config)
+        with self._policy.using_rows([agent for agent, _ in distinct]):
+            hidden = self._policy.hidden(ids_UT, past_key_values=prefilled, use_cache=True)
+            logits_UV = self._policy.logits(hidden[torch.arange(len(prompts), device=device), last_U])
+        source = [distinct[row.request.agent, row.request.prompt_ids] for row in rows]
+        self._cache.insert(len(self._rows), prefilled, source)
+        self._rows += rows
+        self._sample(rows, logits_UV[torch.tensor(source, device=device)])
+
+    def _decode(self) -> bool:
+        """Release what is finished, then sample one token for every other row.
+
+        Returns whether anything was released: then new calls may follow from the answers.
+        """
+        if self._release():
+            return True
+        rows = self._rows
+        device = self._policy.device
+        lengths = [len(row.request.prompt_ids) + len(row.ids) - 1 for row in rows]
+        longest = max(lengths)
+        self._cache.reserve(len(rows), longest + 1)
+        length_B = torch.tensor(lengths, device=device)
+        self._cache.prepare(length_B, longest)
+        mask_BL = torch.arange(longest + 1, device=device) <= length_B.unsqueeze(-1)
+        ids_B1 = torch.tensor([[row.ids[-1]] for row in rows], device=device)
+        with self._policy.using_rows([row.request.agent for row in rows]):
+            hidden = self._policy.hidden(
+                ids_B1,
+                position_ids=length_B.unsqueeze(-1),
+                attention_mask=mask_BL[:, None, None],
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+            logits_BV = self._policy.logits(hidden[:, -1])
+        self._sample(rows, logits_BV)
+        return False
+
+    def _sample(self, rows: Sequence[_Row], logits_BV: Tensor) -> None:
+        temperature_B = torch.tensor(
+            [row.request.sampling.temperature for row in rows], device=logits_BV.device
+        )
+        uniform_B = torch.tensor(
+            [row.uniforms[len(row.ids)] for row in rows], device=logits_BV.device
+        ).float()
+        token_B, logprob_B = sample(logits_BV, temperature_B, uniform_B)
+        for row, token, logprob in zip(rows, token_B.tolist(), logprob_B.tolist(), strict=True):
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+
+    def _release(self) -> bool:
+        """Answer finished rows and pack the others to the front."""
+        finished = [(row, reason) for row in self._rows if (reason := self._finished(row))]
+        if not finished:
+            return False
+        kept = list(self._rows)
+        for row, _ in finished:
+            hole = kept.index(row)
+            last = kept.pop()
+            if last is not row:
+                kept[hole] = last
+                self._cache.move(len(kept), hole)
+        self._rows = kept
+        for row, reason in finished:
+            if row.future.set_running_or_notify_cancel():
+                row.future.set_result(
+                    Completion(tuple(row.ids), tuple(row.logprobs), reason, self._version)
+                )
+        return True
+
+    def _finished(self, row: _Row) -> FinishReason | None:
+        if row.future.cancelled() or row.ids[-1] in self._policy.end_ids:
+            return "stop"
+        stop = row.request.sampling.stop
+        if stop and any(word in self._policy.codec.decode(row.ids) for word in stop):
+            return "stop"
+        return "length" if len(row.ids) >= row.limit else None
+
+
+def sample(logits_BV: Tensor, temperature_B: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (B,) by inverse transform of one uniform number each, and their log-probs (B,).
+
+    Temperature 0 takes the most likely token; its log-prob is the one at temperature 1.
+
+    >>> logits = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    >>> sample(logits, torch.tensor([1.0, 0.0]), torch.tensor([0.7, 0.1]))[0]
+    tensor([1, 1])
+    """
+    logp_BV = scaled_logprobs(logits_BV, temperature_B)
+    cdf_BV = logp_BV.exp().cumsum(-1)
+    # right=True skips tokens of probability zero, whose cdf equals their predecessor's
+    drawn_B = torch.searchsorted(
+        cdf_BV, (uniform_B * cdf_BV[:, -1]).unsqueeze(-1), right=True
+    ).squeeze(-1)
+    drawn_B = drawn_B.clamp_max(logits_BV.shape[-1] - 1)
+    token_B = torch.where(temperature_B > 0, drawn_B, logits_BV.argmax(-1))
+    return token_B, logp_BV.gather(-1, token_B.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,119 @@
+"""What one run of the app leaves behind: `Call`, `Episode` and `Reward`.
+
+These are the contracts between rollout (which writes them), learning (which reads ids, log-probs,
+parents and rewards) and the run folder (which stores them). They hold plain Python values only,
+so that an episode can be pickled, written to parquet, or made by hand in a test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from marft_graph.errors import RewardError
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One generation by one node: what was sampled is what is trained.
+
+    `prompt_ids`, `completion_ids` and `logprobs` are stored when sampled and never rebuilt from
+    text. `parents` are indices of the episode's calls that this call's prompt depends on; they are
+    always smaller than `index`.
+    """
+
+    agent: str
+    """Name of the adapter that answered."""
+    node: str
+    """Full node path in the graph, without task ids: `research_team/writer/agent`."""
+    index: int
+    """Position in `Episode.calls` (topological order)."""
+    parents: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    """What was sampled, the end-of-sequence token included where the model wrote one."""
+    logprobs: tuple[float, ...]
+    """Natural log-probability of each completion token under the actual sampling distribution."""
+    finish_reason: FinishReason
+    adapter_version: int
+    temperature: float = 1.0
+    """Sampling temperature of this call; 0 means greedy (`logprobs` are then those at 1)."""
+    reward: float = 0.0
+    """The call's own reward, beside the episode's outcome."""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    """The prompt and the answer as role/content dicts, for people; never re-tokenised."""
+    task_id: str = ""
+    """LangGraph task that made the call; calls of one task share it."""
+    step: int = 0
+    """Superstep of the (innermost) graph in which the call was made."""
+    seed: int = 0
+    started: float = 0.0
+    """Seconds since the episode started."""
+    seconds: float = 0.0
+    """Wall-clock time from submission to completion."""
+
+    def __post_init__(self) -> None:
+        if len(self.logprobs) != len(self.completion_ids):
+            raise ValueError(
+                f"call {self.index} of {self.node!r}: {len(self.completion_ids)} completion tokens "
+                f"but {len(self.logprobs)} log-probs; there is exactly one for each token"
+            )
+        if any(parent < 0 or parent >= self.index for parent in self.parents):
+            raise ValueError(
+                f"call {self.index} of {self.node!r}: parents {self.parents} must be indices of "
+                f"earlier calls (0 to {self.index - 1})"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """A reward with both parts: the team's outcome and the nodes' own rewards."""
+
+    outcome: float = 0.0
+    nodes: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in {"outcome": self.outcome, **self.nodes}.items():
+            if isinstance(value, bool | int | float) and math.isfinite(value):
+                continue
+            raise RewardError(
+                f"reward for {name!r} is {value!r}; a reward is one finite number"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One run of the app on one example."""
+
+    example: Mapping[str, Any]
+    calls: tuple[Call, ...]
+    """In topological order: a call's parents come before it."""
+    outcome_reward: float = 0.0
+    """The team's reward."""
+    node_rewards: Mapping[str, float] = field(default_factory=dict)
+    """Own rewards by node path, as the reward function gave them (already in `Call.reward`)."""
+    state: Any = None
+    """Final state of the graph; None where the episode failed."""
+    status: str = "ok"
+    """`ok`, or `failed: REASON` with a short reason that episodes can be counted by."""
+    error: str = ""
+    """Where the episode failed: the full message, with the node."""
+    seed: int = 0
+    example_index: int = 0
+    """Position of the example in the list given to the rollout: episodes of one example share it
+    and so form a group."""
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether the episode ran to its end and may be trained on."""
+        return self.status == "ok"
+
+    @property
+    def total_reward(self) -> float:
+        """Outcome plus every call's own reward: the episode's return at gamma 1."""
+        return self.outcome_reward + sum(call.reward for call in self.calls)

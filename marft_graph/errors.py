@@ -1,0 +1,75 @@
+"""Every exception that a user of marft-graph can meet.
+
+    MarftError
+    ├── ConfigError           a setting is out of range or contradicts another      (ValueError)
+    ├── GraphError            the object is no LangGraph app, or cannot be compiled (ValueError)
+    │   └── UnknownNodeError  a node name that the graph does not have              (LookupError)
+    ├── DatasetError          the data set is empty or lacks the graph's input keys (ValueError)
+    ├── ModelError            a base model or adapter cannot be loaded              (OSError)
+    ├── PromptTooLongError    a prompt leaves no room in the model's context        (ValueError)
+    ├── RewardError           the reward function raised or returned no number      (RuntimeError)
+    ├── EpisodesFailedError   too many episodes failed to train on the rest         (RuntimeError)
+    ├── EpisodeTimeoutError   an episode or a call ran past its deadline            (TimeoutError)
+    ├── EngineError           an engine stopped or cannot answer                    (RuntimeError)
+    ├── CheckpointError       a checkpoint or run folder cannot be used             (RuntimeError)
+    ├── ExportError           an export folder cannot be written or read            (RuntimeError)
+    └── WorkflowError         a workflow folder, file or variable cannot be loaded  (ValueError)
+
+Each message names what was wrong, where, and what would be accepted.
+"""
+
+
+class MarftError(Exception):
+    """Root of all exceptions raised on purpose by marft-graph."""
+
+
+class ConfigError(MarftError, ValueError):
+    """A setting is out of range, unknown, or contradicts another setting."""
+
+
+class GraphError(MarftError, ValueError):
+    """The given object is no LangGraph app, or cannot be compiled into a Flex-MG."""
+
+
+class UnknownNodeError(GraphError, LookupError):
+    """A node name was given that the graph does not have."""
+
+
+class DatasetError(MarftError, ValueError):
+    """The data set is empty, unreadable, or lacks the graph's input keys."""
+
+
+class ModelError(MarftError, OSError):
+    """A base model, tokenizer or adapter cannot be loaded."""
+
+
+class PromptTooLongError(MarftError, ValueError):
+    """A prompt leaves no room for a completion in the model's context."""
+
+
+class RewardError(MarftError, RuntimeError):
+    """The reward function raised, timed out, or returned something that is no reward."""
+
+
+class EpisodesFailedError(MarftError, RuntimeError):
+    """A larger share of the episodes failed than the settings allow."""
+
+
+class EpisodeTimeoutError(MarftError, TimeoutError):
+    """An episode, or one model call of it, ran past its deadline."""
+
+
+class EngineError(MarftError, RuntimeError):
+    """An engine was closed, died, or answered something unusable."""
+
+
+class CheckpointError(MarftError, RuntimeError):
+    """A checkpoint or a run folder cannot be written, read or continued."""
+
+
+class ExportError(MarftError, RuntimeError):
+    """An export folder cannot be written, read, or does not belong to this graph."""
+
+
+class WorkflowError(MarftError, ValueError):
+    """A workflow folder, a Python file or a variable in it cannot be loaded."""

@@ -1,0 +1,165 @@
+"""Credit: advantages and value targets of every call, along the episodes' call graphs.
+
+Joins the pure functions of `advantages` to an iteration's calls. Data of one agent's calls lies on
+a flat axis N of action tokens, call after call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marft_graph.config import TrainConfig
+from marft_graph.episode import Call, Episode
+from marft_graph.learn.advantages import (
+    call_returns,
+    dag_gae,
+    group_advantages,
+    normalize,
+    token_gae,
+)
+from marft_graph.learn.losses import action_logprobs
+
+@dataclass(slots=True)
+class AgentBatch:
+    """One agent's calls of an iteration and what is computed for them, tokens on a flat axis N."""
+
+    calls: list[Call]
+    place: list[tuple[int, int]]
+    """(episode, call) of each call, as positions in the given lists."""
+    offsets: list[int]
+    old_logprobs_N: Tensor
+    ref_logprobs_N: Tensor
+    features_NH: Tensor | None
+    """States of the base before each action token; kept for the critic only."""
+    old_values_N: Tensor
+    advantages_N: Tensor
+    """Per token; at action level all tokens of a call share the call's."""
+    returns_N: Tensor
+
+    def tokens(self, indices: Sequence[int]) -> Tensor:
+        """Positions on the token axis of some calls, call after call."""
+        return torch.cat(
+            [torch.arange(self.offsets[index], self.offsets[index + 1]) for index in indices]
+        )
+
+    @property
+    def first_tokens(self) -> Tensor:
+        """Position of each call's first action token."""
+        return torch.tensor(self.offsets[:-1], dtype=torch.long)
+
+
+def assign_advantages(
+    episodes: Sequence[Episode], batches: Mapping[str, AgentBatch], settings: TrainConfig
+) -> None:
+    """Fill in the batches' advantages and returns.
+
+    Args:
+        episodes: as `AgentBatch.place` numbers them; every call belongs to one of the batches.
+        batches: by agent; their old values and log-probs are read.
+        settings: level, kind of advantage, discounts, KL and normalisation.
+    """
+    if settings.advantage == "group":
+        _assign_group_advantages(episodes, batches, settings)
+        return
+    where = {
+        place: (batch, index)
+        for batch in batches.values()
+        for index, place in enumerate(batch.place)
+    }
+    for e, episode in enumerate(episodes):
+        own = [where[e, k] for k in range(len(episode.calls))]
+        advantages, returns = _episode_gae(episode, own, settings)
+        for (batch, index), advantage, target in zip(own, advantages, returns, strict=True):
+            span = slice(batch.offsets[index], batch.offsets[index + 1])
+            batch.advantages_N[span] = advantage
+            batch.returns_N[span] = target
+    if settings.normalize_advantages:
+        for batch in batches.values():
+            if settings.level == "token":
+                batch.advantages_N = normalize(batch.advantages_N)
+            else:
+                per_call = normalize(batch.advantages_N[batch.first_tokens])
+                batch.advantages_N = _spread(per_call, batch.offsets)
+
+
+def _episode_gae(
+    episode: Episode, own: Sequence[tuple[AgentBatch, int]], settings: TrainConfig
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Advantages and value targets of an episode's calls, per token or one for each call."""
+    spans = [slice(batch.offsets[i], batch.offsets[i + 1]) for batch, i in own]
+    values = [batch.old_values_N[s] for (batch, _), s in zip(own, spans, strict=True)]
+    penalties = [
+        -settings.kl_coef * (batch.old_logprobs_N[s] - batch.ref_logprobs_N[s])
+        for (batch, _), s in zip(own, spans, strict=True)
+    ]
+    parents = [call.parents for call in episode.calls]
+    rewards = [call.reward for call in episode.calls]
+    if settings.level == "action":
+        if settings.kl_in == "reward":
+            rewards = [r + float(p.sum()) for r, p in zip(rewards, penalties, strict=True)]
+        advantages, returns = dag_gae(
+            rewards,
+            torch.stack([value[0] for value in values]) if values else torch.zeros(0),
+            parents,
+            episode.outcome_reward,
+            gamma=settings.gamma,
+            lam=settings.lam,
+        )
+        return list(advantages), list(returns)
+    return token_gae(
+        rewards,
+        values,
+        parents,
+        episode.outcome_reward,
+        gamma=settings.gamma,
+        lam=settings.lam,
+        gamma_token=settings.gamma_token,
+        lam_token=settings.lam_token,
+        token_rewards=penalties if settings.kl_in == "reward" else None,
+    )
+
+
+def _assign_group_advantages(
+    episodes: Sequence[Episode], batches: Mapping[str, AgentBatch], settings: TrainConfig
+) -> None:
+    """Return of each call against the mean of its group; no critic."""
+    returns = [
+        call_returns(
+            [call.reward for call in episode.calls],
+            [call.parents for call in episode.calls],
+            episode.outcome_reward,
+        )
+        for episode in episodes
+    ]
+    turns = [_turns(episode) for episode in episodes]
+    for batch in batches.values():
+        own = torch.stack([returns[e][k] for e, k in batch.place]).float()
+        if settings.kl_in == "reward" and settings.kl_coef:
+            log_ratio_N = batch.old_logprobs_N - batch.ref_logprobs_N
+            own = own - settings.kl_coef * action_logprobs(log_ratio_N, batch.offsets, "sum")
+        groups = [
+            (episodes[e].example_index, turns[e][k] if settings.group_by == "call" else None)
+            for e, k in batch.place
+        ]
+        advantages = group_advantages(own, groups, scale=settings.normalize_advantages)
+        batch.advantages_N = _spread(advantages, batch.offsets)
+        batch.returns_N = _spread(own, batch.offsets)
+
+
+def _turns(episode: Episode) -> list[int]:
+    """How many earlier calls of the episode the same node made, for each call."""
+    seen: dict[str, int] = {}
+    turns = []
+    for call in episode.calls:
+        turns.append(seen.get(call.node, 0))
+        seen[call.node] = turns[-1] + 1
+    return turns
+
+
+def _spread(per_call: Tensor, offsets: Sequence[int]) -> Tensor:
+    """Repeat each call's number over its tokens."""
+    return torch.repeat_interleave(per_call, torch.tensor(offsets).diff())

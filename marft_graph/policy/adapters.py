@@ -1,0 +1,304 @@
+"""The policy: one frozen base model, and one LoRA adapter per agent on it.
+
+Owns the weights and the tokenizer, and the two ways to run them: one adapter for a whole batch
+(learner), or an adapter per row (engine). Knows nothing of episodes or of how weights change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from marft_graph.errors import ConfigError, ModelError
+from marft_graph.policy.chat import TokenizerCodec
+
+BASE = "__base__"
+"""PEFT's name for rows that no adapter touches."""
+# PEFT mistakes adapter names that are part of its own prefix `lora_`, such as "a", for weights.
+_PREFIX = "node-"
+
+
+class Policy:
+    """A frozen causal LM with one LoRA adapter per agent.
+
+    The model stays in eval mode at all times: adapters have no dropout, and gradients need no
+    train mode, so sampling and training see the same function (ratio exactly 1 before a step).
+    """
+
+    def __init__(self, model: PeftModel, codec: TokenizerCodec, tokenizer: Any) -> None:
+        self.model = model
+        self.codec = codec
+        self.tokenizer = tokenizer
+        self.agents = tuple(name.removeprefix(_PREFIX) for name in model.peft_config)
+        self.adapter_parameters = {agent: _parameters_of(model, agent) for agent in self.agents}
+        base: PreTrainedModel = model.get_base_model()
+        self.config = base.config.get_text_config()
+        self._decoder = base.get_decoder()
+        self._lm_head = base.get_output_embeddings()
+        self._row_agents: list[str] | None = None
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer) and isinstance(layer, nn.Module):
+                layer.register_forward_pre_hook(self._name_rows, with_kwargs=True)
+        model.eval()
+        self._check_head(base)
+
+    @classmethod
+    def load(
+        cls,
+        base_model: str,
+        agents: Sequence[str],
+        *,
+        rank: int = 16,
+        alpha: float = 32.0,
+        targets: Sequence[str] = ("all-linear",),
+        device: str = "auto",
+        dtype: str = "float32",
+        trust_remote_code: bool = False,
+        seed: int = 0,
+    ) -> Policy:
+        """Load the base once and give every agent a fresh adapter (which changes nothing yet).
+
+        Raises:
+            ModelError: the base cannot be loaded, or its architecture is not supported.
+            ConfigError: a LoRA target does not exist in the model.
+        """
+        base, tokenizer, codec = load_base(base_model, device, dtype, trust_remote_code)
+        target_modules: str | list[str] = (
+            "all-linear" if tuple(targets) == ("all-linear",) else list(targets)
+        )
+        lora = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT annotates int, and divides
+            target_modules=target_modules,
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        )
+        model: PeftModel | None = None
+        for offset, agent in enumerate(agents):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed * 1_000_003 + offset)  # adapters differ, runs do not
+                try:
+                    if model is None:
+                        model = _quietly(get_peft_model, base, lora, adapter_name=_PREFIX + agent)
+                    else:
+                        model.add_adapter(_PREFIX + agent, lora)
+                except ValueError as error:
+                    raise ConfigError(f"lora_targets {list(targets)}: {error}") from error
+        if model is None:
+            raise ConfigError("there is no agent to train: no node of the graph calls a model")
+        return cls(model, codec, tokenizer)
+
+    @classmethod
+    def from_folders(
+        cls, base_model: str, folders: dict[str, Path], *, device: str = "auto", dtype: str = "float32"
+    ) -> Policy:
+        """Load the base and adapters in PEFT format (agent -> folder), for inference.
+
+        Raises:
+            ModelError: the base or an adapter cannot be loaded.
+        """
+        base, tokenizer, codec = load_base(base_model, device, dtype, trust_remote_code=False)
+        model: PeftModel | None = None
+        for agent, folder in folders.items():
+            try:
+                if model is None:
+                    model = _quietly(
+                        PeftModel.from_pretrained, base, folder, adapter_name=_PREFIX + agent
+                    )
+                else:
+                    model.load_adapter(folder, adapter_name=_PREFIX + agent)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise ModelError(f"cannot load the adapter of {agent!r} from {folder}: {error}") from error
+        if model is None:
+            raise ModelError("no adapter folder was given")
+        return cls(model, codec, tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base's weights are."""
+        return self._lm_head.weight.device
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return int(self._lm_head.weight.shape[0])
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Token ids that end a completion."""
+        generation = self.model.get_base_model().generation_config
+        ends = generation.eos_token_id if generation is not None else None
+        ends = list(ends) if isinstance(ends, list | tuple) else [ends]
+        return frozenset(i for i in [*ends, self.tokenizer.eos_token_id] if isinstance(i, int))
+
+    def hidden(self, ids_BT: Tensor, **inputs: Any) -> Tensor:
+        """Last hidden states (B, T, H) of right-padded ids, under the adapters now in use.
+
+        Causal attention never looks right, so padding after a row's end changes none of its states.
+        """
+        inputs.setdefault("use_cache", False)
+        states: Tensor = self._decoder(input_ids=ids_BT, **inputs).last_hidden_state
+        return states
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Logits (N, V) of hidden states, with the scaling or capping that the model's config asks for."""
+        logits: Tensor = self._lm_head(hidden_NH)
+        if scale := getattr(self.config, "logit_scale", None):
+            logits = logits * scale
+        if scaling := getattr(self.config, "logits_scaling", None):
+            logits = logits / scaling
+        if cap := getattr(self.config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    @contextlib.contextmanager
+    def using(self, agent: str | None) -> Iterator[None]:
+        """Run whole batches under one agent's adapter, its weights trainable; None: the base."""
+        if agent is None:
+            with self.model.disable_adapter():
+                yield
+            return
+        self.model.set_adapter(_PREFIX + agent)
+        yield
+
+    @contextlib.contextmanager
+    def using_rows(self, agents: Sequence[str | None]) -> Iterator[None]:
+        """Run batches whose row i is under `agents[i]`'s adapter (None: the base); no gradients."""
+        self._row_agents = [BASE if agent is None else _PREFIX + agent for agent in agents]
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._row_agents = None
+
+    def save_adapter(self, agent: str, folder: Path) -> None:
+        """Write one adapter in PEFT format (safetensors) into `folder`."""
+        name = _PREFIX + agent
+        self.model.save_pretrained(str(folder), selected_adapters=[name], safe_serialization=True)
+        nested = folder / name  # PEFT nests every adapter that is not called "default"
+        for file in sorted(nested.iterdir()):
+            file.replace(folder / file.name)
+        nested.rmdir()
+
+    def load_adapter(self, agent: str, folder: Path) -> None:
+        """Overwrite one agent's adapter with the weights in `folder`.
+
+        Raises:
+            ModelError: the file is missing or holds weights of another shape.
+        """
+        path = folder / "adapter_model.safetensors"
+        own = {
+            name.replace(f".{_PREFIX}{agent}.", "."): parameter
+            for name, parameter in self.model.named_parameters()
+            if f".{_PREFIX}{agent}." in name
+        }
+        try:
+            saved = load_file(path)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot read adapter weights from {path}: {error}") from error
+        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
+            raise ModelError(
+                f"{path} was made with another base model, rank or LoRA targets than agent {agent!r}"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(saved[name])
+
+    def _name_rows(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # PEFT's own way to mix adapters in a batch, without adding and removing a hook per layer
+        # and forward pass.
+        if self._row_agents is None:
+            return None
+        return args, {**kwargs, "adapter_names": self._row_agents}
+
+    def _check_head(self, base: PreTrainedModel) -> None:
+        """Refuse a model whose logits are not head(hidden): its log-probs would be wrong."""
+        ids = torch.arange(min(8, self.vocabulary), device=self.device).unsqueeze(0)
+        with torch.no_grad():
+            ours = self.logits(self.hidden(ids)).float()
+            theirs = base(input_ids=ids, use_cache=False).logits.float()
+        if not torch.allclose(ours, theirs, atol=1e-3, rtol=1e-3):
+            raise ModelError(
+                f"{type(base).__name__} computes its logits in a way marft-graph does not know "
+                f"(largest difference {(ours - theirs).abs().max():.2g}); Llama, Qwen, Mistral, "
+                "Gemma, Phi and Granite style models are supported"
+            )
+
+
+def load_base(
+    base_model: str, device: str, dtype: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Any, TokenizerCodec]:
+    """The frozen base model, its tokenizer and codec.
+
+    Raises:
+        ModelError: nothing is found there, or its attention is not full attention.
+    """
+    if not base_model:
+        raise ConfigError("base_model is empty; give a hub id such as Qwen/Qwen2.5-0.5B-Instruct or a folder")
+    path = Path(base_model).expanduser()
+    looks_local = base_model.startswith((".", "~", "/")) or base_model.count("/") != 1
+    if looks_local and not path.is_dir() and (path.is_absolute() or "/" in base_model):
+        raise ModelError(
+            f"base_model {base_model!r}: there is no such folder; give a hub id such as "
+            "Qwen/Qwen2.5-0.5B-Instruct, or a folder with config.json and model.safetensors"
+        )
+    source = str(path) if path.is_dir() else base_model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        base = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelError(
+            f"base_model {base_model!r} cannot be loaded: {first_line} (give a hub id such as "
+            "Qwen/Qwen2.5-0.5B-Instruct, or a folder with config.json and model.safetensors)"
+        ) from error
+    config = base.config.get_text_config()
+    context = int(getattr(config, "max_position_embeddings", 0) or 2048)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    if kinds - {"full_attention", "sliding_attention"} or (
+        "sliding_attention" in kinds and window is not None and window < context
+    ):
+        raise ModelError(
+            f"base_model {base_model!r} has layers of kind {sorted(kinds)}; the local engine "
+            "supports full attention"
+        )
+    target = PartialState().device if device == "auto" else torch.device(device)
+    base.to(target)  # type: ignore[arg-type]
+    base.requires_grad_(False)
+    return base, tokenizer, TokenizerCodec(tokenizer, context)
+
+
+def _parameters_of(model: PeftModel, agent: str) -> list[nn.Parameter]:
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if f".{_PREFIX}{agent}." in name
+    ]
+
+
+def _quietly(function: Callable[..., PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
+    """Call PEFT without the deprecation that transformers reports about PEFT's own call."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        return function(*args, **kwargs)

@@ -1,0 +1,313 @@
+"""Determinism: when may an engine decode, so that every run composes the same batches?
+
+When nothing in the app can submit another call before it gets an answer: the event loop waits for
+the outside, and every worker thread that runs user code waits for the engine. This module owns the
+event loop's selector and the worker threads, hence knows both. It knows nothing of models or graphs.
+
+Ordinary apps therefore batch identically in every run with one seed. A blocking tool or a foreign
+thread cannot be seen through; the gate then opens after a short patience, so nothing deadlocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+_POLL_SECONDS = 0.002
+_FOREIGN_SETTLE_SECONDS = 0.003
+_BUSY_LIMIT_SECONDS = 1.0
+
+
+class WorkItem:
+    """A function given to the worker threads, and the answer that it is waiting for."""
+
+    def __init__(self, future: Future[Any], run: Callable[[], Any]) -> None:
+        self.future = future
+        self.run = run
+        self.thread: int | None = None
+        self.awaited: Future[Any] | None = None
+        self.is_slow = False
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the item waits for an answer that is not there yet."""
+        return self.awaited is not None and not self.awaited.done()
+
+
+class Quiescence:
+    """The event loop and worker threads of one rollout, and the gate that watches them.
+
+    Args:
+        max_workers: most worker threads for synchronous nodes.
+        patience: seconds without any progress after which the gate opens all the same.
+    """
+
+    def __init__(self, max_workers: int, *, patience: float = 0.02) -> None:
+        self._patience = patience
+        self._changed = threading.Condition()
+        self._version = 0
+        self._is_idle = False
+        self._loop_is_slow = False
+        self._loop_thread: int | None = None
+        self._probe_is_pending = False
+        self._loop_item = WorkItem(Future(), lambda: None)
+        self._items: dict[int, WorkItem] = {}
+        self._foreign: list[Future[Any]] = []
+        self.loop: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop(_IdleSelector(self))
+        self.workers = WorkerThreads(self, max_workers)
+        self.loop.set_default_executor(self.workers)
+        self._is_open = True
+
+    # What the selector, the workers and the interception report
+
+    def loop_is_idle(self, is_idle: bool) -> None:
+        """The event loop begins or ends its wait for the outside."""
+        with self._changed:
+            self._is_idle = is_idle
+            self._loop_thread = threading.get_ident()
+            self._loop_is_slow = self._loop_is_slow and not is_idle
+            self._version += not is_idle
+            self._changed.notify_all()
+
+    def item_started(self, item: WorkItem) -> None:
+        """A worker thread begins an item."""
+        with self._changed:
+            item.thread = threading.get_ident()
+            self._items[item.thread] = item
+            self._version += 1
+
+    def item_finished(self) -> None:
+        """A worker thread has delivered its item's result."""
+        with self._changed:
+            self._items.pop(threading.get_ident(), None)
+            self._version += 1
+            self._changed.notify_all()
+
+    @contextmanager
+    def blocked_on(self, future: Future[Any]) -> Iterator[None]:
+        """While this thread waits for `future`, it does not count as running."""
+        thread = threading.get_ident()
+        with self._changed:
+            item = self._loop_item if thread == self._loop_thread else self._items.get(thread)
+            if item is None:  # a thread that the app made itself
+                self._foreign.append(future)
+            else:
+                item.awaited, item.is_slow = future, False
+            self._version += 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                if item is None:
+                    self._foreign.remove(future)
+                else:
+                    item.awaited = None
+                self._version += 1
+
+    # The gate
+
+    def wait(self) -> None:
+        """Return once the app is quiet, or has made no progress for the patience."""
+        started = last_progress = time.monotonic()
+        seen = self._progress()
+        self._probe()
+        while True:
+            with self._changed:
+                if not self._is_open or self._is_quiet():
+                    return
+                self._changed.wait(_POLL_SECONDS)
+                # Worker threads may be waiting for threads of the app that wait for the engine
+                has_foreign = any(not future.done() for future in self._foreign)
+            now, before, seen = time.monotonic(), seen, self._progress()
+            if seen != before:
+                last_progress = now
+            if has_foreign and now - last_progress > _FOREIGN_SETTLE_SECONDS:
+                return
+            if now - last_progress > self._patience or now - started > _BUSY_LIMIT_SECONDS:
+                self._mark_slow()
+                return
+
+    def _probe(self) -> None:
+        """Ask the loop to run whatever is scheduled by now, before it may count as idle.
+
+        The engine has just resolved futures: their callbacks stand in the loop's queue, but the
+        loop may not have woken yet. A callback of our own comes after them.
+        """
+        with self._changed:
+            if not self._is_open or self._probe_is_pending or self._loop_is_slow:
+                return
+            self._probe_is_pending = True
+        try:
+            self.loop.call_soon_threadsafe(self._probed)
+        except RuntimeError:  # the loop was closed meanwhile
+            self._probed()
+
+    def _probed(self) -> None:
+        with self._changed:
+            self._probe_is_pending = False
+            self._is_idle = False
+
+    def _is_quiet(self) -> bool:
+        loop_is_quiet = (
+            self._loop_is_slow
+            or self._loop_item.is_waiting
+            or (self._is_idle and not self._probe_is_pending)
+        )
+        items_are_quiet = all(item.is_slow or item.is_waiting for item in self._items.values())
+        foreign_are_quiet = not any(future.done() for future in self._foreign)
+        return (
+            loop_is_quiet
+            and items_are_quiet
+            and foreign_are_quiet
+            and not self.workers.can_start_more
+        )
+
+    def _progress(self) -> tuple[int, float]:
+        """Changes whenever the app does anything: reports to this object, or processor time."""
+        with self._changed:
+            threads = [thread for thread, item in self._items.items() if not item.is_slow]
+            if self._is_open and self._loop_thread is not None:
+                threads.append(self._loop_thread)
+            return self._version, sum(map(_processor_seconds, threads))
+
+    def _mark_slow(self) -> None:
+        """Do not wait again for what is busy now, until it reports something new."""
+        with self._changed:
+            for item in self._items.values():
+                item.is_slow = item.is_slow or not item.is_waiting
+            self._loop_is_slow = not (self._is_idle or self._loop_item.is_waiting)
+
+    def close(self) -> None:
+        """Open the gate for good, let the worker threads go and close the loop."""
+        with self._changed:
+            self._is_open = False
+            self._items.clear()
+            self._changed.notify_all()
+        self.workers.shutdown(wait=False, cancel_futures=True)
+        self.loop.close()
+
+
+class WorkerThreads(ThreadPoolExecutor):
+    """Daemon worker threads that report to a `Quiescence`.
+
+    The standard pool joins its threads when the interpreter exits; a tool that hangs would keep the
+    process alive for ever. It is a `ThreadPoolExecutor` only because asyncio insists on one.
+    """
+
+    def __init__(self, quiescence: Quiescence, max_workers: int) -> None:
+        super().__init__(max_workers=max_workers)
+        self._quiescence = quiescence
+        self._limit = max_workers
+        self._queue: deque[WorkItem] = deque()
+        self._ready = threading.Condition()
+        self._busy = 0
+        self._spawned = 0
+        self._is_closed = False
+
+    @property
+    def can_start_more(self) -> bool:
+        """Whether an item waits for a thread and will get one."""
+        return bool(self._queue) and self._busy < self._limit
+
+    def submit(self, fn: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
+        """Queue a function; see `concurrent.futures.Executor.submit`."""
+        future: Future[_T] = Future()
+        item = WorkItem(future, lambda: fn(*args, **kwargs))
+        with self._ready:
+            if self._is_closed:
+                raise RuntimeError("cannot schedule new functions after shutdown")
+            self._queue.append(item)
+            if self._busy + len(self._queue) > self._spawned and self._spawned < self._limit:
+                self._spawned += 1
+                threading.Thread(target=self._work, name="marft-worker", daemon=True).start()
+            self._ready.notify()
+        return future
+
+    def _work(self) -> None:
+        while True:
+            with self._ready:
+                while not self._queue and not self._is_closed:
+                    self._ready.wait()
+                if not self._queue:
+                    return
+                item = self._queue[0]
+                self._quiescence.item_started(item)
+                self._queue.popleft()
+                self._busy += 1
+            try:
+                self._run(item)
+            finally:
+                self._quiescence.item_finished()
+                with self._ready:
+                    self._busy -= 1
+
+    @staticmethod
+    def _run(item: WorkItem) -> None:
+        if not item.future.set_running_or_notify_cancel():
+            return
+        try:
+            result = item.run()
+        except BaseException as error:  # noqa: BLE001 - delivered to whoever awaits the item
+            item.future.set_exception(error)
+        else:
+            item.future.set_result(result)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more work; threads end once they are free. Hung threads are not waited for."""
+        with self._ready:
+            self._is_closed = True
+            dropped = list(self._queue) if cancel_futures else []
+            if cancel_futures:
+                self._queue.clear()
+            self._ready.notify_all()
+        for item in dropped:
+            item.future.cancel()
+
+
+class _IdleSelector(selectors.BaseSelector):
+    """The platform's selector; a `select` that may sleep means that the loop has nothing to do."""
+
+    def __init__(self, quiescence: Quiescence) -> None:
+        self._inner = selectors.DefaultSelector()
+        self._quiescence = quiescence
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is not None and timeout <= 0:
+            return self._inner.select(timeout)
+        self._quiescence.loop_is_idle(True)
+        try:
+            return self._inner.select(timeout)
+        finally:
+            self._quiescence.loop_is_idle(False)
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self._inner.register(fileobj, events, data)
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        return self._inner.unregister(fileobj)
+
+    def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        return self._inner.modify(fileobj, events, data)
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        return self._inner.get_map()
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def _processor_seconds(thread: int) -> float:
+    """Processor time of a live thread; 0 where the platform cannot tell."""
+    if sys.platform == "linux":
+        return time.clock_gettime(time.pthread_getcpuclockid(thread))
+    return 0.0

@@ -1,0 +1,454 @@
+"""The trainer: compile the graph, then rollout and update until the adapters are better.
+
+The only module that knows all rooms. `design.md` places it in `learn/`; it stands above the rooms
+because it also writes the run folder, and rooms import only from those above them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import signal
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+import yaml
+from langgraph.pregel import Pregel
+from safetensors.torch import load_file, save_file
+
+from marft_graph.config import TrainConfig, read_yaml
+from marft_graph.data import ExampleOrder, as_examples
+from marft_graph.deploy.export import export_run, write_export
+from marft_graph.engine.local import LocalEngine
+from marft_graph.episode import Episode, Reward
+from marft_graph.errors import CheckpointError, ConfigError, DatasetError, EpisodesFailedError
+from marft_graph.graph.compile import as_compiled, compile_graph
+from marft_graph.graph.draw import to_svg
+from marft_graph.graph.flex_mg import FlexMG, resolve_nodes
+from marft_graph.learn.update import Learner
+from marft_graph.names import adapter_name
+from marft_graph.policy.adapters import Policy
+from marft_graph.rollout.runner import check_examples, run_episodes
+from marft_graph.run.checkpoint import latest_checkpoint, prune, write_folder_atomically
+from marft_graph.run.report import write_report
+from marft_graph.run.tracking import MetricsLog, TrainingProgress
+from marft_graph.run.trajectories import write_traces
+
+logger = logging.getLogger(__name__)
+
+RewardFunction = Callable[
+    [Mapping[str, Any], Any],
+    float | Mapping[str, float] | Reward | Awaitable[float | Mapping[str, float] | Reward],
+]
+# Settings that may differ when a run is continued: they change no iteration's mathematics.
+_FREE_ON_RESUME = frozenset(
+    {"iterations", "eval_every", "eval_examples", "checkpoint_every", "keep_checkpoints", "device"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Returns of the current policy on held-out examples."""
+
+    return_mean: float
+    return_stderr: float
+    """Standard error of the mean over examples."""
+    returns: tuple[float, ...]
+    episodes: int
+    """Episodes started; failed ones have no return."""
+    episodes_failed: int
+    failed_by_reason: Mapping[str, int]
+    greedy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a training run came to."""
+
+    run_dir: Path
+    report: Path
+    export: Path
+    iterations: int
+    before: Evaluation | None
+    before_greedy: Evaluation | None
+    after: Evaluation | None
+    after_greedy: Evaluation | None
+
+
+class Trainer:
+    """Trains one LoRA adapter per node of an unchanged LangGraph app.
+
+    Args:
+        graph: a compiled LangGraph app, or a builder (compiled for you).
+        train_dataset: examples as mappings: a `datasets.Dataset`, a list of dicts, any sequence or
+            finite iterable. Keys that are input channels of the graph become its input.
+        reward: `reward(example, final_state)`, sync or async: the team's outcome (a float), nodes'
+            own rewards (a dict by node), or both (`Reward`).
+        config: settings; a mapping of them will do.
+        eval_dataset: held-out examples for evaluation.
+        run_dir: where the run is written; default: the next free `runs/run-N`.
+        inputs: makes the graph's input from an example, where its keys do not.
+        overwrite: delete what an earlier run left in `run_dir`.
+        resume: continue the run in `run_dir` from its newest intact checkpoint.
+        extra_settings: more lines for the run's `config.yaml` (the command line's `dataset`).
+
+    Raises:
+        ConfigError, GraphError, UnknownNodeError, DatasetError, ModelError, CheckpointError: before
+            anything is written; each names what is wrong.
+    """
+
+    def __init__(
+        self,
+        graph: Any,
+        *,
+        train_dataset: Any,
+        reward: RewardFunction,
+        config: TrainConfig | Mapping[str, Any],
+        eval_dataset: Any = None,
+        run_dir: str | Path | None = None,
+        inputs: Callable[[Mapping[str, Any]], Any] | None = None,
+        overwrite: bool = False,
+        resume: bool = False,
+        extra_settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config = config if isinstance(config, TrainConfig) else TrainConfig.from_mapping(config)
+        self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
+        self.flex_mg = compile_graph(self.graph)
+        self.nodes = resolve_nodes(self.flex_mg, self.config.nodes or self.flex_mg.agents)
+        self._reward = reward
+        self._inputs = inputs
+        self._train = as_examples(train_dataset, "train_dataset")
+        self._eval = None if eval_dataset is None else as_examples(eval_dataset, "eval_dataset")
+        for examples in (self._train, self._eval):
+            if examples is not None:
+                check_examples(self.graph, [examples[0]], inputs)
+        self.run_dir = _run_folder(run_dir, overwrite=overwrite, resume=resume)
+        self._extra_settings = dict(extra_settings or {})
+        self.policy = Policy.load(
+            self.config.base_model,
+            [adapter_name(node) for node in self.nodes],
+            rank=self.config.lora_rank,
+            alpha=self.config.lora_alpha,
+            targets=self.config.lora_targets,
+            device=self.config.device,
+            dtype=self.config.dtype,
+            trust_remote_code=self.config.trust_remote_code,
+            seed=self.config.seed,
+        )
+        self._learner = Learner(self.policy, self.config)
+        self._engine = LocalEngine(self.policy, max_batch_size=self.config.max_batch_size)
+        self._order = ExampleOrder(len(self._train), self.config.seed)
+        self._stop = threading.Event()
+        self.iteration = 0
+        if resume:
+            self._resume()
+
+    # The public verbs
+
+    def train(self, *, progress: bool = True) -> TrainResult:
+        """Run all iterations; evaluations, checkpoints and the report go to the run folder.
+
+        The first Ctrl-C finishes the running iteration, writes a checkpoint and the report, and
+        raises KeyboardInterrupt; a second one stops at once.
+
+        Raises:
+            EpisodesFailedError: too many episodes failed; the message has the reasons.
+            RewardError: the reward function raised; the message has the example.
+        """
+        log = self._open_run_folder()
+        bar = TrainingProgress(self.config.iterations, enabled=progress)
+        with bar, self._stopping_on_interrupt():
+            before = self._evaluate_both(log, "before") if self.iteration == 0 else (None, None)
+            while self.iteration < self.config.iterations and not self._stop.is_set():
+                row = self._iterate()
+                if _due(self.config.eval_every, self.iteration, self.config.iterations):
+                    row |= self._evaluation_row(self.evaluate())
+                log.write(row)
+                bar.update(row)
+                if _due(self.config.checkpoint_every, self.iteration, self.config.iterations):
+                    self._checkpoint(row.get("eval_return"))
+            if self._stop.is_set():
+                self._checkpoint(None)
+                write_report(self.run_dir)
+                raise KeyboardInterrupt
+            after = self._evaluate_both(log, "after")
+        self._checkpoint(None if after[0] is None else after[0].return_mean)
+        target = self.run_dir / "export"
+        shutil.rmtree(target, ignore_errors=True)  # our own, of an earlier part of this run
+        export = export_run(self.run_dir, target)
+        report = write_report(self.run_dir)
+        return TrainResult(self.run_dir, report, export, self.iteration, *before, *after)
+
+    def evaluate(self, *, greedy: bool = False, name: str | None = None) -> Evaluation:
+        """Run the current policy once on each held-out example.
+
+        Args:
+            greedy: take the most likely token everywhere instead of sampling.
+            name: also write the episodes to `traces/NAME.parquet`.
+
+        Raises:
+            DatasetError: there is no `eval_dataset`.
+        """
+        if self._eval is None:
+            raise DatasetError("evaluate() needs held-out examples: give Trainer an eval_dataset")
+        count = min(self.config.eval_examples or len(self._eval), len(self._eval))
+        episodes = self._rollout(
+            [self._eval[i] for i in range(count)], group_size=1, seed=_EVAL_SEED, greedy=greedy
+        )
+        if name is not None:
+            path = self.run_dir / "traces" / f"{name}.parquet"
+            write_traces(path, episodes, iteration=self.iteration, phase="eval")
+        return summarize(episodes, greedy=greedy)
+
+    def export(self, directory: str | Path) -> Path:
+        """Write the current adapters to a new folder: PEFT format, a manifest, the vLLM command."""
+        staging = self.run_dir / ".export-adapters"
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            for agent in self.policy.agents:
+                self.policy.save_adapter(agent, staging / agent)
+            metrics = {"iteration": self.iteration}
+            return write_export(staging, Path(directory), self.flex_mg, self.config, metrics)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def close(self) -> None:
+        """Stop the engine's thread."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # One iteration
+
+    def _iterate(self) -> dict[str, Any]:
+        self.iteration += 1
+        started = time.perf_counter()
+        chosen = self._order.take(self.iteration, self.config.examples_per_iteration)
+        episodes = self._rollout(
+            [self._train[i] for i in chosen],
+            group_size=self.config.group_size,
+            seed=self.config.seed * 1_000_003 + self.iteration,
+        )
+        rolled_out = time.perf_counter()
+        self._refuse_failures(episodes)
+        stats = self._learner.update(episodes, self.iteration)
+        self._engine.publish(self.iteration)
+        updated = time.perf_counter()
+        path = self.run_dir / "traces" / f"iter_{self.iteration:06d}.parquet"
+        write_traces(path, episodes, iteration=self.iteration, phase="train")
+        returns = [episode.total_reward for episode in episodes if episode.ok]
+        return {
+            "iteration": self.iteration,
+            "episodes": len(episodes),
+            "episodes_failed": len(episodes) - len(returns),
+            "failed_by_reason": _reasons(episodes),
+            "return_mean": statistics.fmean(returns) if returns else None,
+            "return_std": statistics.pstdev(returns) if returns else None,
+            "seconds_rollout": rolled_out - started,
+            "seconds_update": updated - rolled_out,
+            "tokens_sampled": sum(len(c.completion_ids) for e in episodes for c in e.calls),
+            "agents": stats,
+        }
+
+    def _rollout(
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        *,
+        group_size: int,
+        seed: int,
+        greedy: bool = False,
+    ) -> list[Episode]:
+        return run_episodes(
+            self.graph,
+            examples,
+            engine=self._engine,
+            reward=self._reward,
+            nodes=self.nodes,
+            inputs=self._inputs,
+            seed=seed,
+            group_size=group_size,
+            concurrency=self.config.concurrency,
+            episode_timeout=self.config.episode_timeout,
+            reward_timeout=self.config.reward_timeout,
+            temperature=self.config.temperature,
+            max_new_tokens=self.config.max_new_tokens,
+            greedy=greedy,
+        )
+
+    def _refuse_failures(self, episodes: Sequence[Episode]) -> None:
+        failed = [episode for episode in episodes if not episode.ok]
+        if len(failed) <= self.config.max_failed_share * len(episodes) and len(failed) < len(episodes):
+            return
+        reasons = ", ".join(f"{reason} ({n}x)" for reason, n in _reasons(episodes).items())
+        raise EpisodesFailedError(
+            f"{len(failed)} of {len(episodes)} episodes of iteration {self.iteration} failed, more "
+            f"than max_failed_share={self.config.max_failed_share} allows: {reasons}. "
+            f"The first: {failed[0].error}"
+        )
+
+    # Evaluation and the run folder
+
+    def _evaluate_both(
+        self, log: MetricsLog, when: str
+    ) -> tuple[Evaluation | None, Evaluation | None]:
+        """Sampled and greedy evaluation, with traces; before training also metrics row 0."""
+        if self._eval is None:
+            return None, None
+        sampled = self.evaluate(name=f"eval_{when}")
+        greedy = self.evaluate(greedy=True, name=f"eval_{when}_greedy")
+        row = {"iteration": self.iteration, "phase": when, **self._evaluation_row(sampled)}
+        log.write_evaluation(row | {"eval_return_greedy": greedy.return_mean})
+        return sampled, greedy
+
+    def _evaluation_row(self, evaluation: Evaluation) -> dict[str, Any]:
+        return {
+            "eval_return": evaluation.return_mean,
+            "eval_stderr": evaluation.return_stderr,
+            "eval_episodes": evaluation.episodes,
+            "eval_episodes_failed": evaluation.episodes_failed,
+        }
+
+    def _open_run_folder(self) -> MetricsLog:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        settings = {**self.config.to_dict(), **self._extra_settings}
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        (self.run_dir / "config.yaml").write_text(text, encoding="utf-8")
+        graph = json.dumps(self.flex_mg.to_dict(), indent=2, ensure_ascii=False)
+        (self.run_dir / "graph.json").write_text(graph + "\n", encoding="utf-8")
+        (self.run_dir / "graph.svg").write_text(to_svg(self.flex_mg), encoding="utf-8")
+        (self.run_dir / "traces").mkdir(exist_ok=True)
+        return MetricsLog(self.run_dir)
+
+    def _checkpoint(self, eval_return: float | None) -> None:
+        def write(folder: Path) -> None:
+            for agent in self.policy.agents:
+                self.policy.save_adapter(agent, folder / "adapters" / agent)
+            save_file(self._learner.state(), folder / "learner.safetensors")
+            state = {"iteration": self.iteration, "eval_return": eval_return}
+            (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+        path = self.run_dir / "checkpoints" / f"step_{self.iteration}"
+        if path.exists():
+            shutil.rmtree(path)  # the same step, written again with its evaluation
+        write_folder_atomically(path, write)
+        prune(self.run_dir, self.config.keep_checkpoints)
+
+    def _resume(self) -> None:
+        """Continue where the newest intact checkpoint stands; later metrics are dropped."""
+        checkpoint = latest_checkpoint(self.run_dir)
+        if checkpoint is None:
+            raise CheckpointError(f"{self.run_dir} has no checkpoint that verifies; nothing to resume")
+        saved = read_yaml(self.run_dir / "config.yaml")
+        changed = {
+            name: (saved.get(name), value)
+            for name, value in self.config.to_dict().items()
+            if name not in _FREE_ON_RESUME and saved.get(name) != value
+        }
+        if changed:
+            lines = ", ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items())
+            raise ConfigError(f"cannot resume {self.run_dir} with other settings: {lines}")
+        graph = json.loads((self.run_dir / "graph.json").read_text(encoding="utf-8"))
+        differences = FlexMG.from_dict(graph).difference(self.flex_mg)
+        if differences:
+            raise CheckpointError(f"{self.run_dir} trained another graph: {'; '.join(differences)}")
+        for agent in self.policy.agents:
+            self.policy.load_adapter(agent, checkpoint / "adapters" / agent)
+        self._learner.load_state(load_file(checkpoint / "learner.safetensors"))
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        self.iteration = int(state["iteration"])
+        self._engine.publish(self.iteration)
+        MetricsLog(self.run_dir).truncate(self.iteration)
+
+    @contextlib.contextmanager
+    def _stopping_on_interrupt(self) -> Iterator[None]:
+        """First Ctrl-C: finish the iteration; second: stop at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self._stop.is_set():
+                raise KeyboardInterrupt
+            self._stop.set()
+            logger.warning("finishing this iteration, then writing a checkpoint (Ctrl-C again: stop now)")
+
+        previous = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+def summarize(episodes: Sequence[Episode], *, greedy: bool) -> Evaluation:
+    """Mean return over the episodes that did not fail, and what failed."""
+    returns = tuple(episode.total_reward for episode in episodes if episode.ok)
+    if not returns:
+        raise EpisodesFailedError(
+            f"all {len(episodes)} evaluation episodes failed; the first: {episodes[0].error}"
+        )
+    deviation = statistics.stdev(returns) if len(returns) > 1 else 0.0
+    return Evaluation(
+        return_mean=statistics.fmean(returns),
+        return_stderr=deviation / len(returns) ** 0.5,
+        returns=returns,
+        episodes=len(episodes),
+        episodes_failed=len(episodes) - len(returns),
+        failed_by_reason=_reasons(episodes),
+        greedy=greedy,
+    )
+
+
+_EVAL_SEED = 2**31 - 1
+
+
+def _due(every: int, iteration: int, last: int) -> bool:
+    """Whether something done every N iterations is due; the last one has its own place."""
+    return every > 0 and iteration % every == 0 and iteration < last
+
+
+def _reasons(episodes: Sequence[Episode]) -> dict[str, int]:
+    counts = Counter(e.status.removeprefix("failed: ") for e in episodes if not e.ok)
+    return dict(counts.most_common())
+
+
+def _run_folder(run_dir: str | Path | None, *, overwrite: bool, resume: bool) -> Path:
+    if run_dir is None:
+        number = 1
+        while Path(f"runs/run-{number}").exists():
+            number += 1
+        return Path(f"runs/run-{number}")
+    path = Path(run_dir)
+    used = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if resume:
+        if not (path / "config.yaml").is_file():
+            raise CheckpointError(f"nothing to resume: {path} is no run folder")
+        return path
+    if used and not overwrite:
+        raise CheckpointError(
+            f"{path} is not empty; give another run folder, or say --resume to continue it or "
+            "--overwrite to delete it (resume=True, overwrite=True)"
+        )
+    if used:
+        if not (path / "config.yaml").is_file():
+            raise CheckpointError(f"{path} is no run folder; it will not be deleted")
+        shutil.rmtree(path)
+    return path

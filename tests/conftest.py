@@ -1,0 +1,25 @@
+"""What every test shares: no network, no tracking service, no window, no user's caches."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# These are read when the libraries are imported, so they are set before any test module is.
+_hub_home = tempfile.mkdtemp(prefix="marft-tests-")
+atexit.register(shutil.rmtree, _hub_home, ignore_errors=True)
+os.environ.update(
+    {
+        "HF_HOME": _hub_home,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "LANGSMITH_TRACING": "false",
+        "LANGCHAIN_TRACING_V2": "false",
+        "MPLBACKEND": "Agg",
+        # Apps under test build API models at import; a key must exist, and must never work.
+        "OPENAI_API_KEY": "sk-not-a-key",
+        "OPENAI_BASE_URL": "http://127.0.0.1:9",
+    }
+)

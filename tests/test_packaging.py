@@ -1,0 +1,114 @@
+"""What is shipped: the public names, the wheel, and how fast the package is at hand."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import marft_graph
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "transformers", "peft", "datasets", "langgraph", "matplotlib", "networkx")
+
+
+def test_every_public_name_exists_and_there_are_few():
+    names = marft_graph.__all__
+    missing = [name for name in names if not hasattr(marft_graph, name)]
+    assert missing == []
+    assert len(names) == len(set(names))
+    assert 0 < len(names) <= 16
+
+
+def test_public_names_are_in_the_readme_or_the_docs():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    undocumented = [name for name in marft_graph.__all__ if name not in text]
+    assert undocumented == []
+
+
+def test_dir_lists_the_public_names():
+    assert set(marft_graph.__all__) <= set(dir(marft_graph))
+
+
+def test_every_room_is_a_package_of_its_own():
+    folders = {path.parent for path in (ROOT / "marft_graph").rglob("*.py")}
+    assert [folder.name for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_the_command_line_starts_without_heavy_imports():
+    code = f"import sys, marft_graph.cli; print([m for m in {HEAVY!r} if m in sys.modules])"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert found.stdout.strip() == "[]"
+
+
+def test_constraints_satisfy_the_ranges_that_pip_would_accept():
+    requirements = pytest.importorskip("packaging.requirements")
+    pins = dict(
+        line.lower().split("==")
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    )
+    for text in importlib.metadata.requires("marft-graph") or []:
+        requirement = requirements.Requirement(text)
+        if requirement.name == "marft-graph":
+            continue
+        pin = pins[requirement.name.lower()]
+        assert requirement.specifier.contains(pin), f"{requirement} does not allow {pin}"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.mark.slow
+def test_wheel_has_only_the_typed_package_and_its_licence(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"marft_graph"}
+    assert "marft_graph/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "marft_graph").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == sources
+
+
+@pytest.mark.slow
+def test_wheel_works_outside_the_checkout(wheel, tmp_path):
+    """Import and command line in a new environment; only the dependencies are borrowed."""
+    home = tmp_path / "env"
+    venv.create(home, with_pip=False)
+    python = home / "bin" / "python"
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site = home / "lib" / version / "site-packages"
+    # A path file names the dependencies; the path files in that folder (the checkout) are not read.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    zipfile.ZipFile(wheel).extractall(site)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+
+    def output(*args: str) -> str:
+        command = [str(python), *args]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=True
+        )
+        return done.stdout
+
+    where = output("-c", "import marft_graph; print(marft_graph.__file__)")
+    assert where.strip() == str(site / "marft_graph" / "__init__.py")
+    entry = "import sys; from marft_graph.cli import main; sys.argv[0] = 'marft-graph'; main()"
+    assert importlib.metadata.version("marft-graph") in output("-c", entry, "--version")
+    assert "inspect" in output("-c", entry, "--help")
