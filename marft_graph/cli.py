@@ -1,8 +1,7 @@
 """The command line: `marft-graph train`, `eval`, `inspect` and `export`.
 
-Owns words on the terminal and exit codes. Everything else is done by the library, which writes
-every file and prints nothing. The heavy imports (torch and what stands on it) happen inside the
-commands, so that `--help` answers at once.
+Owns words on the terminal and exit codes; the library does the work. The heavy imports (torch and
+what stands on it) happen inside the commands, so that `--help` answers at once.
 
 Exit codes: 0 done; 1 the run failed; 2 the input was wrong (an option, a setting, a graph, a data
 set, a model, a workflow); 130 stopped with Ctrl-C after writing a checkpoint.
@@ -11,16 +10,14 @@ set, a model, a workflow); 130 stopped with Ctrl-C after writing a checkpoint.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from marft_graph.cli_progress import training_progress
 from marft_graph.cli_settings import SettingsCommand, merged_settings, settings_options
-from marft_graph.config import TrainConfig
+from marft_graph.config import TrainConfig, read_yaml
 from marft_graph.errors import (
     ConfigError,
     DatasetError,
@@ -31,7 +28,7 @@ from marft_graph.errors import (
 )
 
 if TYPE_CHECKING:
-    from marft_graph.trainer import Evaluation, Trainer
+    from marft_graph.trainer import Evaluation, TrainResult
     from marft_graph.workflow import Workflow
 
 _BAD_INPUT = (ConfigError, GraphError, DatasetError, ModelError, WorkflowError)
@@ -50,7 +47,7 @@ class _Commands(click.Group):
             click.secho(f"error: {message}", fg="red", err=True)
             ctx.exit(2 if isinstance(error, _BAD_INPUT) else 1)
         except KeyboardInterrupt:
-            click.echo("stopped", err=True)
+            click.secho("stopped", fg="red", err=True)
             ctx.exit(130)
 
 
@@ -65,11 +62,11 @@ def main() -> None:
 
 @main.command(cls=SettingsCommand)
 @click.argument("workflow")
-@click.option("--run-dir", type=_FOLDER, required=True, help="Folder for everything the run writes.")
-@click.option("--dataset", help="Data set that the workflow loads: a name or path it understands.")
+@click.option("--run-dir", type=_FOLDER, required=True, help="Folder for what the run writes.")
+@click.option("--dataset", help="Data set to train on: a name or path that the workflow knows.")
 @click.option("--config", "config_file", type=_FILE, help="YAML file with settings.")
-@click.option("--overwrite", is_flag=True, help="Replace a run that is already in the folder.")
-@click.option("--resume", is_flag=True, help="Continue the run in the folder.")
+@click.option("--overwrite", is_flag=True, help="Delete the run that is in the folder first.")
+@click.option("--resume", is_flag=True, help="Continue the run in the folder, with its settings.")
 @settings_options
 def train(
     workflow: str,
@@ -83,12 +80,183 @@ def train(
     """Train the agents of WORKFLOW.
 
     A setting comes from the last of these that names it: its default, the workflow's config.yaml,
-    the file given with --config, an option given here. Ctrl-C ends with a checkpoint.
+    the file given with --config, an option given here. Ctrl-C ends with a checkpoint, from which
+    --resume continues.
     """
     if overwrite and resume:
         raise click.UsageError("--overwrite and --resume exclude each other")
-    target = _load(workflow)
-    settings = merged_settings(target.settings, config_file=config_file, options=options)
-    trainer = _trainer(
-        target, settings, dataset, run_dir=run_dir, overwrite=overwrite, resume=resume
+    target = _load_task(workflow)
+    layers = [target.settings]
+    if resume and (run_dir / "config.yaml").is_file():
+        layers.append(read_yaml(run_dir / "config.yaml"))
+    settings = merged_settings(*layers, config_file=config_file, options=options)
+    dataset = _chosen_dataset(settings, dataset)
+    config = TrainConfig.from_mapping(settings)  # refuses bad settings before torch is imported
+    train_data, eval_data = target.load_data(dataset)
+
+    from marft_graph.trainer import Trainer
+
+    with Trainer(
+        target.graph,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        reward=target.reward,
+        config=config,
+        run_dir=run_dir,
+        inputs=target.inputs,
+        overwrite=overwrite,
+        resume=resume,
+        extra_settings={} if dataset is None else {"dataset": dataset},
+    ) as trainer:
+        result = trainer.train()
+    _print_result(result, workflow, dataset)
+
+
+@main.command("eval")
+@click.argument("workflow")
+@click.option("--adapters", type=_FOLDER, required=True, help="RUN/export, or what `export` wrote.")
+@click.option("--dataset", help="Data set: a name or path that the workflow knows.")
+@click.option("--greedy/--sampled", default=None, help="One of the two only.  [default: both]")
+@click.option(
+    "--examples",
+    type=int,
+    help="Held-out examples; 0: all.  [default: the workflow's eval_examples]",
+)
+@click.option("--base-model", help="Hub id or folder, where it is not the one in the export.")
+@click.option("--device", help="Torch device of the base model.  [default: auto]")
+def evaluate(
+    workflow: str,
+    adapters: Path,
+    dataset: str | None,
+    greedy: bool | None,
+    examples: int | None,
+    base_model: str | None,
+    device: str | None,
+) -> None:
+    """Measure trained adapters on the held-out examples of WORKFLOW."""
+    target = _load_task(workflow)
+    options = {"eval_examples": examples, "device": device}
+    settings = merged_settings(target.settings, config_file=None, options=options)
+    dataset = _chosen_dataset(settings, dataset)
+    config = TrainConfig.from_mapping(settings)
+    held_out = target.load_data(dataset)[1]
+    if held_out is None:
+        raise DatasetError(f"{workflow} has no held-out examples to evaluate on")
+
+    from marft_graph.evaluate import evaluate_export
+
+    for choice in (False, True) if greedy is None else (greedy,):
+        evaluation = evaluate_export(
+            target.graph,
+            adapters,
+            held_out,
+            reward=target.reward,
+            config=config,
+            inputs=target.inputs,
+            greedy=choice,
+            base_model=base_model,
+        )
+        name = "greedy" if choice else "sampled"
+        click.echo(f"held-out return, {name}: {_shown(evaluation)}, {evaluation.episodes} examples")
+
+
+@main.command()
+@click.argument("target")
+@click.option("--json", "as_json", is_flag=True, help="Print the compiled graph as JSON.")
+@click.option("--mermaid", is_flag=True, help="Print the graph as a Mermaid diagram.")
+@click.option("--svg", type=_FILE, help="Write the picture of the graph to a file.")
+def inspect(target: str, as_json: bool, mermaid: bool, svg: Path | None) -> None:
+    """Show what would be trained in TARGET, and who observes whom.
+
+    TARGET is a workflow folder, a variable in a file (app.py:graph) or a langgraph.json.
+    """
+    if as_json and mermaid:
+        raise click.UsageError("--json and --mermaid exclude each other")
+
+    from marft_graph.graph.compile import compile_graph
+    from marft_graph.graph.draw import summary, to_mermaid, to_svg
+    from marft_graph.workflow import load_target
+
+    flex_mg = compile_graph(load_target(target).graph)
+    if svg is not None:
+        svg.write_text(to_svg(flex_mg), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(flex_mg.to_dict(), indent=2, ensure_ascii=False))
+    elif mermaid:
+        click.echo(to_mermaid(flex_mg))
+    elif svg is None:
+        click.echo(summary(flex_mg))
+    else:
+        click.echo(f"wrote {svg}")
+
+
+@main.command()
+@click.argument("run", type=_FOLDER)
+@click.argument("out", type=_FOLDER)
+def export(run: Path, out: Path) -> None:
+    """Write the adapters of RUN's newest checkpoint to the new folder OUT."""
+    from marft_graph.deploy.export import export_run
+
+    folder = export_run(run, out)
+    click.echo(f"adapters: {folder}\n\n{_usage(folder)}")
+
+
+def _load_task(name: str) -> Workflow:
+    """The workflow, with the parts that running it needs.
+
+    Raises:
+        WorkflowError: it cannot be loaded, or has no data or no reward.
+    """
+    from marft_graph.workflow import load_target
+
+    target = load_target(name)
+    missing = [part for part in ("load_data", "reward") if getattr(target, part) is None]
+    if missing:
+        raise WorkflowError(
+            f"{name} has no {' and no '.join(missing)}; this command needs a workflow folder whose "
+            "task.py defines both (for a graph of your own: marft_graph.Trainer)"
+        )
+    return target
+
+
+def _chosen_dataset(settings: dict[str, Any], given: str | None) -> str | None:
+    """Take `dataset` out of the settings: it belongs to the workflow, not to `TrainConfig`."""
+    configured = settings.pop("dataset", None)
+    return configured if given is None else given
+
+
+def _print_result(result: TrainResult, workflow: str, dataset: str | None) -> None:
+    if result.after is not None:
+        rows = {
+            "sampled": (result.before, result.after),
+            "greedy": (result.before_greedy, result.after_greedy),
+        }
+        click.echo(f"Held-out return (mean ± standard error, {result.after.episodes} examples)")
+        click.echo(f"  {'':8}  {'before':15}  after")
+        for name, (before, after) in rows.items():
+            click.echo(f"  {name:8}  {_shown(before):15}  {_shown(after)}")
+        click.echo()
+    data = "" if dataset is None else f" --dataset {shlex.quote(dataset)}"
+    folder = shlex.quote(str(result.export))
+    click.echo(
+        f"report:   {result.report}\n"
+        f"adapters: {result.export}\n\n"
+        f"{_usage(result.export)}\n\n"
+        "Measure them again:\n\n"
+        f"    marft-graph eval {shlex.quote(workflow)} --adapters {folder}{data}"
     )
+
+
+def _usage(folder: Path) -> str:
+    return (
+        "Use them in your app (`graph` is your LangGraph app, unchanged):\n\n"
+        "    from marft_graph import bind\n"
+        f"    app = bind(graph, {str(folder)!r})"
+    )
+
+
+def _shown(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return "not measured"
+    failed = f" ({evaluation.episodes_failed} failed)" if evaluation.episodes_failed else ""
+    return f"{evaluation.return_mean:.3f} ± {evaluation.return_stderr:.3f}{failed}"

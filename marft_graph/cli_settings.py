@@ -30,7 +30,7 @@ class SettingsCommand(click.Command):
         own: list[tuple[str, str]] = []
         shared: list[tuple[str, str]] = []
         for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
             if record is not None:
                 (shared if param.name in settings else own).append(record)
         with formatter.section("Options"):
@@ -120,7 +120,7 @@ def _facts(spec: dataclasses.Field[Any], hint: Any) -> Iterator[str]:
 
 def _shown(value: Any) -> str:
     if value is None or value in ((), ""):
-        return _NONE
+        return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return " ".join(value) if isinstance(value, tuple) else f"{value}"

@@ -203,7 +203,7 @@ class Trainer:
             raise DatasetError("evaluate() needs held-out examples: give Trainer an eval_dataset")
         count = min(self.config.eval_examples or len(self._eval), len(self._eval))
         episodes = self._rollout(
-            [self._eval[i] for i in range(count)], group_size=1, seed=_EVAL_SEED, greedy=greedy
+            [self._eval[i] for i in range(count)], group_size=1, seed=EVAL_SEED, greedy=greedy
         )
         if name is not None:
             path = self.run_dir / "traces" / f"{name}.parquet"
@@ -417,7 +417,7 @@ def summarize(episodes: Sequence[Episode], *, greedy: bool) -> Evaluation:
     )
 
 
-_EVAL_SEED = 2**31 - 1
+EVAL_SEED = 2**31 - 1
 
 
 def _due(every: int, iteration: int, last: int) -> bool:

@@ -23,3 +23,15 @@ os.environ.update(
         "OPENAI_BASE_URL": "http://127.0.0.1:9",
     }
 )
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer model with a byte-level tokenizer and a context of 256."""
+    from tests.support import save_random_model
+
+    return save_random_model(tmp_path_factory.mktemp("model"))

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -77,7 +78,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_wheel_has_only_the_typed_package_and_its_licence(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"marft_graph"}
@@ -87,7 +87,6 @@ def test_wheel_has_only_the_typed_package_and_its_licence(wheel):
     assert {name for name in names if name.endswith(".py")} == sources
 
 
-@pytest.mark.slow
 def test_wheel_works_outside_the_checkout(wheel, tmp_path):
     """Import and command line in a new environment; only the dependencies are borrowed."""
     home = tmp_path / "env"
@@ -112,3 +111,49 @@ def test_wheel_works_outside_the_checkout(wheel, tmp_path):
     entry = "import sys; from marft_graph.cli import main; sys.argv[0] = 'marft-graph'; main()"
     assert importlib.metadata.version("marft-graph") in output("-c", entry, "--version")
     assert "inspect" in output("-c", entry, "--help")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder where set-up is done and the command line only says what it was told."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    program = tmp_path / ".venv" / "bin" / "marft-graph"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\necho "told: $@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    (tmp_path / ".venv" / ".installed").touch()
+    return tmp_path
+
+
+def make(checkout: Path, *args: str) -> str:
+    # A make above this one (`make test`) would pass its own flags and variables on.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "RUN_DIR"}
+    done = subprocess.run(
+        ["make", *args],
+        cwd=checkout,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_make_demo_never_takes_a_folder_that_exists(checkout):
+    told = "told: train workflows/math_duo --run-dir "
+    assert told + "runs/demo\n" in make(checkout, "demo")
+    (checkout / "runs" / "demo").mkdir(parents=True)
+    assert told + "runs/demo-2\n" in make(checkout, "demo")
+    (checkout / "runs" / "demo-2").mkdir()
+    assert told + "runs/demo-3\n" in make(checkout, "demo")
+
+
+def test_make_demo_passes_a_named_folder_on(checkout):
+    assert "--run-dir my runs/one\n" in make(checkout, "demo", "RUN_DIR=my runs/one")
+
+
+def test_make_without_a_target_explains_the_targets(checkout):
+    shown = make(checkout)
+    assert all(target in shown for target in ("setup", "demo", "test", "check", "format"))

@@ -7,9 +7,11 @@ Knows the policy, but nothing of graphs or episodes.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import threading
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -29,6 +31,8 @@ from marft_graph.policy.logprobs import scaled_logprobs
 
 logger = logging.getLogger(__name__)
 
+# A thread without work ends after this, so that an engine nobody closed can be collected.
+_IDLE_SECONDS = 5.0
 # Padded prompt tokens in one prefill pass; bounds its memory.
 _PREFILL_TOKENS = 16384
 
@@ -64,6 +68,7 @@ class LocalEngine:
         self._closed = False
         self._thread: threading.Thread | None = None
         self._rows: list[_Row] = []
+        _engines.add(self)
         self._cache = RowCache(int(policy.config.num_hidden_layers), policy.device)
 
     def codec(self, agent: str | None) -> ChatCodec:
@@ -114,8 +119,9 @@ class LocalEngine:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if self._thread is not None:
-            self._thread.join(timeout=60)
+            thread = self._thread
+        if thread is not None:
+            thread.join(timeout=60)
         self._fail_all(EngineError("the engine was closed"))
 
     def _run(self) -> None:
@@ -135,8 +141,12 @@ class LocalEngine:
     def _wait_for_work(self) -> bool:
         with self._changed:
             while not (self._closed or self._waiting or self._rows):
-                self._changed.wait()
-            return not self._closed
+                if not self._changed.wait(timeout=_IDLE_SECONDS):
+                    break
+            if self._closed or not (self._waiting or self._rows):
+                self._thread = None
+                return False
+            return True
 
     def _fail_all(self, error: EngineError) -> None:
         with self._changed:
@@ -255,6 +265,16 @@ class LocalEngine:
         if stop and any(word in self._policy.codec.decode(row.ids) for word in stop):
             return "stop"
         return "length" if len(row.ids) >= row.limit else None
+
+
+_engines: weakref.WeakSet[LocalEngine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_engines() -> None:
+    """A daemon thread inside torch when the interpreter ends would abort the process."""
+    for engine in list(_engines):
+        engine.close()
 
 
 def sample(logits_BV: Tensor, temperature_B: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ class Policy:
         self._decoder = base.get_decoder()
         self._lm_head = base.get_output_embeddings()
         self._row_agents: list[str] | None = None
+        # Which adapters are in use is a state of the one model: one user at a time.
+        self._in_use = threading.RLock()
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and isinstance(layer, nn.Module):
                 layer.register_forward_pre_hook(self._name_rows, with_kwargs=True)
@@ -166,22 +169,23 @@ class Policy:
     @contextlib.contextmanager
     def using(self, agent: str | None) -> Iterator[None]:
         """Run whole batches under one agent's adapter, its weights trainable; None: the base."""
-        if agent is None:
-            with self.model.disable_adapter():
-                yield
-            return
-        self.model.set_adapter(_PREFIX + agent)
-        yield
+        with self._in_use:
+            if agent is None:
+                with self.model.disable_adapter():
+                    yield
+                return
+            self.model.set_adapter(_PREFIX + agent)
+            yield
 
     @contextlib.contextmanager
     def using_rows(self, agents: Sequence[str | None]) -> Iterator[None]:
         """Run batches whose row i is under `agents[i]`'s adapter (None: the base); no gradients."""
-        self._row_agents = [BASE if agent is None else _PREFIX + agent for agent in agents]
-        try:
-            with torch.no_grad():
+        with self._in_use, torch.no_grad():
+            self._row_agents = [BASE if agent is None else _PREFIX + agent for agent in agents]
+            try:
                 yield
-        finally:
-            self._row_agents = None
+            finally:
+                self._row_agents = None
 
     def save_adapter(self, agent: str, folder: Path) -> None:
         """Write one adapter in PEFT format (safetensors) into `folder`."""

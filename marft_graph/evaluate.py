@@ -1,0 +1,79 @@
+"""Measure an export folder as the trainer measures: same episodes, same seeds, same figures.
+
+Stands beside the trainer, above the rooms. It trains and writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from marft_graph.config import TrainConfig
+from marft_graph.data import as_examples
+from marft_graph.deploy.export import read_manifest
+from marft_graph.engine.local import LocalEngine
+from marft_graph.errors import ExportError, UnknownNodeError
+from marft_graph.graph.compile import as_compiled, compile_graph
+from marft_graph.graph.flex_mg import resolve_nodes
+from marft_graph.names import adapter_name
+from marft_graph.policy.adapters import Policy
+from marft_graph.rollout.runner import run_episodes
+from marft_graph.trainer import EVAL_SEED, Evaluation, RewardFunction, summarize
+
+
+def evaluate_export(
+    graph: Any,
+    export_dir: str | Path,
+    dataset: Any,
+    *,
+    reward: RewardFunction,
+    config: TrainConfig,
+    inputs: Callable[[Mapping[str, Any]], Any] | None = None,
+    greedy: bool = False,
+    base_model: str | None = None,
+) -> Evaluation:
+    """Run exported adapters once on each of the first `config.eval_examples` examples (0: all).
+
+    Of `config` only the rollout's settings count; base model, precision and `max_new_tokens` are
+    those of the export, unless `base_model` says where the base is now.
+
+    Raises:
+        ExportError: the folder is no intact export, or was made from another graph.
+        ModelError, DatasetError, EpisodesFailedError, RewardError: as in training.
+    """
+    app = as_compiled(graph)
+    manifest = read_manifest(export_dir)
+    try:
+        nodes = resolve_nodes(compile_graph(app), tuple(manifest.nodes))
+    except UnknownNodeError as error:
+        raise ExportError(f"{export_dir} was exported from another graph: {error}") from error
+    examples = as_examples(dataset, "dataset")
+    count = min(config.eval_examples or len(examples), len(examples))
+    policy = Policy.from_folders(
+        base_model or manifest.base_model,
+        {adapter_name(node): Path(export_dir) / path for node, path in manifest.nodes.items()},
+        device=config.device,
+        dtype=manifest.dtype,
+    )
+    engine = LocalEngine(policy, max_batch_size=config.max_batch_size)
+    try:
+        episodes = run_episodes(
+            app,
+            [examples[i] for i in range(count)],
+            engine=engine,
+            reward=reward,
+            nodes=nodes,
+            inputs=inputs,
+            seed=EVAL_SEED,
+            group_size=1,
+            concurrency=config.concurrency,
+            episode_timeout=config.episode_timeout,
+            reward_timeout=config.reward_timeout,
+            temperature=config.temperature,
+            max_new_tokens=manifest.max_new_tokens,
+            greedy=greedy,
+        )
+    finally:
+        engine.close()
+    return summarize(episodes, greedy=greedy)

@@ -1,0 +1,120 @@
+"""Between an intercepted call and an engine: the request that asks, and the message that answers.
+
+Shared by training rollouts and bound apps, so that both sample and parse alike. It records nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any
+
+from langchain_core.messages import AIMessage
+from pydantic import BaseModel, ValidationError
+
+from marft_graph.engine.base import (
+    ChatCodec,
+    Completion,
+    GenerationRequest,
+    SamplingSettings,
+)
+from marft_graph.errors import PromptTooLongError
+from marft_graph.rollout.intercept import InterceptedCall
+
+
+def request_for(
+    call: InterceptedCall,
+    codec: ChatCodec,
+    *,
+    prompt_ids: tuple[int, ...] | None = None,
+    seed: int = 0,
+    order: tuple[Any, ...] = (),
+    temperature: float | None = None,
+    max_new_tokens: int = 256,
+) -> GenerationRequest:
+    """The request for a call, within the limits that the app set.
+
+    Args:
+        prompt_ids: the rendered prompt, where it has been rendered already.
+        temperature: overrides the app's; None: what the app asks for, else 1.
+        max_new_tokens: limit where the app sets none.
+
+    Raises:
+        PromptTooLongError: the prompt leaves no room for a single token.
+    """
+    if prompt_ids is None:
+        prompt_ids = codec.render(call.messages, call.tools)
+    room = codec.context_length - len(prompt_ids)
+    if room < 1:
+        raise PromptTooLongError(
+            f"node {call.node!r} has a prompt of {len(prompt_ids)} tokens; the model's context is "
+            f"{codec.context_length} tokens, and at least one must be left for the answer"
+        )
+    asked = 1.0 if call.temperature is None else call.temperature
+    sampling = SamplingSettings(
+        temperature=asked if temperature is None else temperature,
+        max_tokens=min(call.max_tokens or max_new_tokens, room),
+        stop=call.stop,
+    )
+    return GenerationRequest(
+        agent=call.agent,
+        prompt_ids=prompt_ids,
+        sampling=sampling,
+        seed=seed,
+        order=order,
+        tools=call.tools,
+        messages=call.messages,
+    )
+
+
+def message_for(
+    call: InterceptedCall, codec: ChatCodec, request: GenerationRequest, completion: Completion
+) -> AIMessage:
+    """The message that the app gets for a completion."""
+    message = codec.parse(completion.ids, stop=call.stop, tools=call.tools)
+    read, written = len(request.prompt_ids), len(completion.ids)
+    reason = "tool_calls" if message.tool_calls else completion.finish_reason
+    extra = dict(message.additional_kwargs)
+    parsed = structured_answer(message.text, call.response_format)
+    if parsed is not None:
+        extra["parsed"] = parsed
+    return message.model_copy(
+        update={
+            "id": f"run-{uuid.uuid4()}",
+            "additional_kwargs": extra,
+            "usage_metadata": {
+                "input_tokens": read,
+                "output_tokens": written,
+                "total_tokens": read + written,
+            },
+            "response_metadata": {
+                **message.response_metadata,
+                "finish_reason": reason,
+                "model_name": call.agent,
+                "model_provider": "marft-graph",
+            },
+        }
+    )
+
+
+def structured_answer(text: str, response_format: Any) -> Any:
+    """What OpenAI models put into `parsed`: the answer's JSON, validated; None where it is invalid.
+
+    Leaving it out lets the app meet its own usual error, as with a model that answered badly.
+
+    >>> structured_answer('{"answer": 12}', {"type": "json_schema"})
+    {'answer': 12}
+    """
+    if response_format is None:
+        return None
+    if isinstance(response_format, type) and issubclass(response_format, BaseModel):
+        try:
+            return response_format.model_validate_json(text)
+        except ValidationError:
+            return None
+    if not isinstance(response_format, dict) or response_format.get("type") != "json_schema":
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

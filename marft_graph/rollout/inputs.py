@@ -1,0 +1,97 @@
+"""From a data set's examples to what the graph takes as its input."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from langgraph.graph.state import CompiledStateGraph
+from langgraph.pregel import Pregel
+
+from marft_graph.errors import DatasetError, GraphError
+from marft_graph.rollout.rewards import shown
+
+InputFunction = Callable[[Mapping[str, Any]], Any]
+
+
+def checked_graph(graph: Any) -> Pregel[Any, Any, Any, Any]:
+    """The graph, if it can be run.
+
+    Raises:
+        GraphError: it is no compiled LangGraph app.
+    """
+    if isinstance(graph, Pregel):
+        return graph
+    hint = "call .compile() on it first" if callable(getattr(graph, "compile", None)) else (
+        "give the result of StateGraph(...).compile(), create_agent(...) or @entrypoint"
+    )
+    raise GraphError(f"a {type(graph).__name__} is no compiled LangGraph app; {hint}")
+
+
+def graph_inputs(
+    graph: Pregel[Any, Any, Any, Any],
+    examples: Iterable[Mapping[str, Any]],
+    inputs: InputFunction | None = None,
+) -> tuple[list[Mapping[str, Any]], list[Any]]:
+    """The examples as a list, and the graph's input for each.
+
+    Without `inputs`, an example's keys that the graph's input schema has are handed over.
+
+    Raises:
+        DatasetError: there is no example, or one lacks the graph's keys.
+    """
+    listed = list(examples)
+    if not listed:
+        raise DatasetError("the data set is empty; at least one example is needed")
+    if inputs is not None:
+        return listed, [_converted(inputs, example) for example in listed]
+    known, required = input_keys(graph)
+    return listed, [_selected(example, known, required) for example in listed]
+
+
+def input_keys(graph: Pregel[Any, Any, Any, Any]) -> tuple[frozenset[str], frozenset[str]]:
+    """Keys that a graph's input may have, and those that its input schema demands.
+
+    A state class names everything the app ever stores, so it demands nothing; only a separate
+    input schema does.
+    """
+    if isinstance(graph, CompiledStateGraph):
+        builder = graph.builder
+        known = frozenset(builder.schemas[builder.input_schema]) - {"__root__"}
+        is_explicit = builder.input_schema is not builder.state_schema
+        demanded = getattr(builder.input_schema, "__required_keys__", ()) if is_explicit else ()
+        return known, frozenset(demanded) & known
+    channels = graph.input_channels
+    return frozenset() if isinstance(channels, str) else frozenset(channels), frozenset()
+
+
+def _selected(example: Mapping[str, Any], known: frozenset[str], required: frozenset[str]) -> Any:
+    if not known:  # the graph takes one value without keys
+        return example
+    given = {key: value for key, value in example.items() if key in known}
+    if given and required <= given.keys():
+        return given
+    missing = sorted(required - given.keys()) or sorted(known)
+    keys = ", ".join(map(repr, example)) or "none"
+    pairs = [
+        f"{close[0]!r} looks like {name!r}"
+        for name in missing
+        if (close := difflib.get_close_matches(name, list(example), n=1, cutoff=0.5))
+    ]
+    raise DatasetError(
+        f"an example has the keys {keys}; the graph's input has "
+        f"{', '.join(map(repr, sorted(known)))}"
+        + (f" and demands {', '.join(map(repr, sorted(required)))}" if required else "")
+        + (f" ({'; '.join(pairs)})" if pairs else "")
+        + ". Rename the data set's columns, or give `inputs=`, a function from example to input"
+    )
+
+
+def _converted(inputs: InputFunction, example: Mapping[str, Any]) -> Any:
+    try:
+        return inputs(example)
+    except Exception as error:
+        raise DatasetError(
+            f"`inputs` raised {type(error).__name__}: {error}, on example {shown(example)}"
+        ) from error

@@ -1,0 +1,396 @@
+"""Answering an app's chat-model calls without changing the app.
+
+The only module that touches LangChain's private names. While a run is active, `BaseChatModel`'s
+lowest common methods ask whether the call comes from a graph node that the run's `Responder` answers
+for; every other call goes to the original. It knows neither engines nor episodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import json
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from langchain_core.language_models import _compat_bridge
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatResult
+from langchain_core.runnables.config import RunnableConfig, ensure_config, var_child_runnable_config
+from langchain_core.utils.function_calling import convert_to_openai_tool
+
+from marft_graph.errors import ConfigError, EpisodeTimeoutError
+from marft_graph.names import node_path
+
+RUN_KEY = "marft_run"
+"""Key of the run's id in a config's metadata; calls that lost their context are found by it."""
+
+PATCHED_NAMES = (
+    "_generate_with_cache",
+    "_agenerate_with_cache",
+    "stream",
+    "astream",
+    "_iter_v2_events",
+    "_aiter_v2_events",
+)
+"""What is replaced on `BaseChatModel` while a run is active."""
+
+
+@dataclass(frozen=True, slots=True)
+class InterceptedCall:
+    """One chat-model call of a graph node, with what the app asked for."""
+
+    agent: str
+    """Adapter that is to answer, as `Responder.agent_for` named it."""
+    node: str
+    """Node path, without task ids."""
+    namespace: str
+    """LangGraph's checkpoint namespace: node names and task ids from the root down."""
+    step: int
+    """Superstep of the innermost graph."""
+    path: tuple[Any, ...]
+    """LangGraph's path of the task: tells tasks of one node in one superstep apart."""
+    messages: tuple[BaseMessage, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    """Tool schemas in OpenAI form."""
+    tool_choice: Any = None
+    response_format: Any = None
+    """A pydantic class or a JSON schema dict, where structured output is asked for that way."""
+    stop: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    temperature: float | None = None
+
+    @property
+    def task_id(self) -> str:
+        """Id of the LangGraph task that makes the call."""
+        named = [part for part in self.namespace.split("|") if not part.isdigit()]
+        return named[-1].rpartition(":")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """An answer on its way: `finish` turns the future's result into the message, in the caller."""
+
+    future: Future[Any]
+    finish: Callable[[Any], AIMessage]
+
+
+class Responder(Protocol):
+    """Who answers the calls of a run. Inherit from it to get the defaults."""
+
+    def agent_for(self, node: str) -> str | None:
+        """Adapter that answers for a node path; None: the node keeps its own model."""
+        ...
+
+    def respond(self, call: InterceptedCall) -> Pending:
+        """Begin to answer a call; called in whatever thread the app calls from."""
+        ...
+
+    def seconds_left(self) -> float | None:
+        """How long a call may still wait; None: for ever."""
+        return None
+
+    def blocked_on(self, future: Future[Any]) -> AbstractContextManager[None]:
+        """Entered while a thread waits for `future`."""
+        return nullcontext()
+
+
+@dataclass(slots=True)
+class _Run:
+    responder: Responder
+    is_active: bool = True
+
+
+_current: contextvars.ContextVar[_Run | None] = contextvars.ContextVar("marft_run", default=None)
+_runs: dict[str, _Run] = {}
+_originals: dict[str, Any] = {}
+_lock = threading.Lock()
+
+
+@contextmanager
+def intercepting(responder: Responder, *, context: bool = True) -> Iterator[dict[str, str]]:
+    """Let `responder` answer the model calls of graphs run inside the `with` block.
+
+    Yields metadata for the graph's config: threads of the app that have lost the context but pass
+    the config on are then found too. A generator, which shares its caller's context between two
+    items, says `context=False` and is known by that metadata alone. LangChain is back as it was
+    once the last run has ended.
+    """
+    run_id, run = uuid.uuid4().hex, _Run(responder)
+    with _lock:
+        if not _runs:
+            _install()
+        _runs[run_id] = run
+    token = _current.set(run) if context else None
+    try:
+        yield {RUN_KEY: run_id}
+    finally:
+        if token is not None:
+            _current.reset(token)
+        run.is_active = False
+        with _lock:
+            del _runs[run_id]
+            if not _runs:
+                _restore()
+
+
+def _install() -> None:
+    replacements: dict[str, Callable[..., Any]] = {
+        "_generate_with_cache": _generate,
+        "_agenerate_with_cache": _agenerate,
+        "stream": _stream,
+        "astream": _astream,
+        "_iter_v2_events": _iter_events,
+        "_aiter_v2_events": _aiter_events,
+    }
+    for name in PATCHED_NAMES:
+        _originals[name] = BaseChatModel.__dict__[name]
+    for name, replacement in replacements.items():
+        setattr(BaseChatModel, name, replacement)
+
+
+def _restore() -> None:
+    # The originals stay known: a call that is inside a replacement now still needs them.
+    for name in PATCHED_NAMES:
+        setattr(BaseChatModel, name, _originals[name])
+
+
+# Which run and node a call belongs to
+
+
+def _route(metadata: Mapping[str, Any] | None) -> tuple[_Run, Mapping[str, Any], str] | None:
+    """The run, metadata and adapter of a call; None where its own model shall answer."""
+    inherited = (var_child_runnable_config.get() or {}).get("metadata") or {}
+    known = {**inherited, **(metadata or {})}
+    # An explicit config tells more than a context, which a long-lived thread may have kept.
+    run = _runs.get(known.get(RUN_KEY, "")) or _current.get()
+    namespace = known.get("langgraph_checkpoint_ns", "")
+    if run is None or not namespace:
+        return None
+    agent = run.responder.agent_for(node_path(namespace))
+    return None if agent is None else (run, known, agent)
+
+
+def _begin(
+    model: BaseChatModel,
+    messages: Sequence[BaseMessage],
+    stop: Sequence[str] | None,
+    metadata: Mapping[str, Any] | None,
+    kwargs: Mapping[str, Any],
+) -> tuple[_Run, Pending] | None:
+    routed = _route(metadata)
+    if routed is None:
+        return None
+    run, known, agent = routed
+    if not run.is_active:
+        raise EpisodeTimeoutError(
+            f"node {node_path(known['langgraph_checkpoint_ns'])!r} called its model after its run "
+            "had ended"
+        )
+    return run, run.responder.respond(_read_call(model, messages, stop, known, agent, kwargs))
+
+
+def _read_call(
+    model: BaseChatModel,
+    messages: Sequence[BaseMessage],
+    stop: Sequence[str] | None,
+    metadata: Mapping[str, Any],
+    agent: str,
+    kwargs: Mapping[str, Any],
+) -> InterceptedCall:
+    namespace = metadata["langgraph_checkpoint_ns"]
+    if (kwargs.get("n") or getattr(model, "n", None) or 1) > 1:
+        raise ConfigError(
+            f"node {node_path(namespace)!r} asks its model for n > 1 answers; trained nodes sample "
+            "one answer a call (use batch for several)"
+        )
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    own = model._get_ls_params(stop=list(stop) if stop else None, **given)
+    stops = stop or given.get("stop") or own.get("ls_stop") or getattr(model, "stop", None) or ()
+    limit = given.get("max_completion_tokens") or given.get("max_tokens")
+    temperature = given.get("temperature", own.get("ls_temperature"))
+    return InterceptedCall(
+        agent=agent,
+        node=node_path(namespace),
+        namespace=namespace,
+        step=int(metadata.get("langgraph_step", 0)),
+        path=tuple(metadata.get("langgraph_path", ())),
+        messages=tuple(messages),
+        tools=tuple(convert_to_openai_tool(tool) for tool in given.get("tools", ())),
+        tool_choice=given.get("tool_choice"),
+        response_format=given.get("response_format"),
+        stop=(stops,) if isinstance(stops, str) else tuple(stops),
+        max_tokens=limit or own.get("ls_max_tokens"),
+        temperature=None if temperature is None else float(temperature),
+    )
+
+
+# Waiting for the answer
+
+
+def _wait(run: _Run, pending: Pending) -> AIMessage:
+    try:
+        with run.responder.blocked_on(pending.future):
+            outcome = pending.future.result(run.responder.seconds_left())
+    except CancelledError:
+        raise EpisodeTimeoutError("the run ended before the model call was answered") from None
+    except TimeoutError as error:
+        if pending.future.done():  # the answer itself is a time-out
+            raise
+        pending.future.cancel()
+        raise EpisodeTimeoutError("the model call was not answered before the deadline") from error
+    return pending.finish(outcome)
+
+
+async def _await(run: _Run, pending: Pending) -> AIMessage:
+    waiting = asyncio.wrap_future(pending.future)
+    try:
+        outcome = await asyncio.wait_for(waiting, run.responder.seconds_left())
+    except TimeoutError as error:
+        if pending.future.done() and not pending.future.cancelled():
+            raise
+        raise EpisodeTimeoutError("the model call was not answered before the deadline") from error
+    return pending.finish(outcome)
+
+
+# What stands in for BaseChatModel's methods
+
+
+def _generate(
+    self: BaseChatModel,
+    messages: list[BaseMessage],
+    stop: list[str] | None = None,
+    run_manager: Any = None,
+    **kwargs: Any,
+) -> ChatResult:
+    begun = _begin(self, messages, stop, run_manager and run_manager.metadata, kwargs)
+    if begun is None:
+        result: ChatResult = _originals["_generate_with_cache"](
+            self, messages, stop=stop, run_manager=run_manager, **kwargs
+        )
+        return result
+    return _result(self, _wait(*begun))
+
+
+async def _agenerate(
+    self: BaseChatModel,
+    messages: list[BaseMessage],
+    stop: list[str] | None = None,
+    run_manager: Any = None,
+    **kwargs: Any,
+) -> ChatResult:
+    begun = _begin(self, messages, stop, run_manager and run_manager.metadata, kwargs)
+    if begun is None:
+        result: ChatResult = await _originals["_agenerate_with_cache"](
+            self, messages, stop=stop, run_manager=run_manager, **kwargs
+        )
+        return result
+    return _result(self, await _await(*begun))
+
+
+def _result(model: BaseChatModel, message: AIMessage) -> ChatResult:
+    if model.output_version == "v1":
+        message = message.model_copy(update={"content": message.content_blocks})
+    info = {"finish_reason": message.response_metadata.get("finish_reason")}
+    return ChatResult(generations=[ChatGeneration(message=message, generation_info=info)])
+
+
+def _stream(
+    self: BaseChatModel,
+    input: Any,
+    config: RunnableConfig | None = None,
+    *,
+    stop: list[str] | None = None,
+    **kwargs: Any,
+) -> Iterator[AIMessageChunk]:
+    if _route(ensure_config(config).get("metadata")) is None:
+        yield from _originals["stream"](self, input, config, stop=stop, **kwargs)
+    else:
+        yield _chunk(self.invoke(input, config, stop=stop, **kwargs))
+
+
+async def _astream(
+    self: BaseChatModel,
+    input: Any,
+    config: RunnableConfig | None = None,
+    *,
+    stop: list[str] | None = None,
+    **kwargs: Any,
+) -> AsyncIterator[AIMessageChunk]:
+    if _route(ensure_config(config).get("metadata")) is None:
+        async for chunk in _originals["astream"](self, input, config, stop=stop, **kwargs):
+            yield chunk
+    else:
+        yield _chunk(await self.ainvoke(input, config, stop=stop, **kwargs))
+
+
+def _chunk(message: AIMessage) -> AIMessageChunk:
+    """The whole answer as one chunk: apps read `tool_call_chunks` and add chunks up."""
+    calls = [
+        {"name": call["name"], "args": _json(call["args"]), "id": call["id"], "index": index}
+        for index, call in enumerate([*message.tool_calls, *message.invalid_tool_calls])
+    ]
+    return AIMessageChunk(
+        content=message.content,
+        additional_kwargs=message.additional_kwargs,
+        response_metadata=message.response_metadata,
+        usage_metadata=message.usage_metadata,
+        id=message.id,
+        tool_call_chunks=[{**call, "type": "tool_call_chunk"} for call in calls],
+        chunk_position="last",
+    )
+
+
+def _json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments)
+
+
+def _iter_events(
+    self: BaseChatModel,
+    messages: list[BaseMessage],
+    *,
+    run_manager: Any,
+    stream: Any,
+    stop: list[str] | None = None,
+    **kwargs: Any,
+) -> Iterator[Any]:
+    begun = _begin(self, messages, stop, run_manager and run_manager.metadata, kwargs)
+    if begun is None:
+        yield from _originals["_iter_v2_events"](
+            self, messages, run_manager=run_manager, stream=stream, stop=stop, **kwargs
+        )
+        return
+    answer = _wait(*begun)
+    for event in _compat_bridge.message_to_events(answer, message_id=stream.message_id):
+        stream.dispatch(event)
+        run_manager.on_stream_event(event)
+        yield event
+
+
+async def _aiter_events(
+    self: BaseChatModel,
+    messages: list[BaseMessage],
+    *,
+    run_manager: Any,
+    stream: Any,
+    stop: list[str] | None = None,
+    **kwargs: Any,
+) -> AsyncIterator[Any]:
+    begun = _begin(self, messages, stop, run_manager and run_manager.metadata, kwargs)
+    if begun is None:
+        async for event in _originals["_aiter_v2_events"](
+            self, messages, run_manager=run_manager, stream=stream, stop=stop, **kwargs
+        ):
+            yield event
+        return
+    answer = await _await(*begun)
+    for event in _compat_bridge.message_to_events(answer, message_id=stream.message_id):
+        stream.dispatch(event)
+        await run_manager.on_stream_event(event)
+        yield event

@@ -1,0 +1,281 @@
+"""What happens inside one episode while it runs: `EpisodeRecorder` answers and records its calls.
+
+`TaskWatch` follows the app's own task runs, so that a call knows the tasks around it, their order
+and their attempts. Parents are found after the episode, in `trace`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.messages import AIMessage, BaseMessage
+
+from marft_graph.engine.base import Completion, Engine, GenerationRequest
+from marft_graph.errors import EpisodeTimeoutError, MarftError
+from marft_graph.names import node_path
+from marft_graph.rollout.answers import message_for, request_for
+from marft_graph.rollout.intercept import InterceptedCall, Pending, Responder
+from marft_graph.rollout.quiescence import Quiescence
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedCall:
+    """An answered call with the marks that `trace` orders it by."""
+
+    call: InterceptedCall
+    request: GenerationRequest
+    completion: Completion
+    message: AIMessage
+    lineage: tuple[Any, ...]
+    """Node name, superstep and path of each task from the root down: the same in every run."""
+    attempts: tuple[tuple[str, int], ...]
+    """Namespace and attempt number of each task around the call."""
+    begun: int
+    ended: int
+    """Positions on the episode's clock: a call that ended before another began was known to it."""
+    started: float
+    seconds: float
+
+
+def stable_seed(*parts: Any) -> int:
+    """A 63-bit seed from plain values; the same in every process.
+
+    >>> stable_seed(0, "actor", (1, 2)) == stable_seed(0, "actor", (1, 2))
+    True
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class TaskWatch(BaseCallbackHandler):
+    """Follows the runs of graph tasks by LangChain's callbacks."""
+
+    run_inline = True  # before the node's own code, on the event loop
+
+    def __init__(self) -> None:
+        self.failures: list[tuple[BaseException, str]] = []
+        """Exceptions with the node path of the task that they left, innermost first."""
+        self._lock = threading.Lock()
+        self._namespaces: dict[UUID, str] = {}
+        self._task_runs: dict[UUID, str] = {}
+        self._attempts: Counter[str] = Counter()
+        self._places: dict[str, tuple[Any, ...]] = {}
+
+    def on_chain_start(
+        self,
+        serialized: dict[str, Any] | None,
+        inputs: Any,
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        tags: list[str] | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Count a task's attempt when its outermost run begins."""
+        known = metadata or {}
+        namespace = known.get("langgraph_checkpoint_ns", "")
+        with self._lock:
+            above = self._namespaces.get(parent_run_id, "") if parent_run_id else ""
+            self._namespaces[run_id] = namespace
+            if not namespace or namespace == above:
+                return
+            self._task_runs[run_id] = namespace
+            self._attempts[namespace] += 1
+            path = plain_path(known.get("langgraph_path", ()))
+            name = known.get("langgraph_node", "")
+            self._places[namespace] = (name, int(known.get("langgraph_step", 0)), path)
+
+    def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
+        """Note the node that an exception left."""
+        with self._lock:
+            namespace = self._task_runs.get(run_id)
+            if namespace is not None:
+                self.failures.append((error, node_path(namespace)))
+
+    def lineage(self, namespace: str) -> tuple[Any, ...]:
+        """Places of the tasks around a call, without task ids."""
+        with self._lock:
+            return tuple(
+                self._places.get(prefix, (prefix.rpartition("|")[2].partition(":")[0], 0, ""))
+                for prefix in _prefixes(namespace)
+            )
+
+    def attempts(self, namespace: str | None = None) -> tuple[tuple[str, int], ...]:
+        """How often each task has begun by now: those around a call, or all."""
+        with self._lock:
+            names = list(self._attempts) if namespace is None else _prefixes(namespace)
+            return tuple((name, self._attempts.get(name, 1)) for name in names)
+
+    def node_of(self, error: BaseException) -> str:
+        """The innermost node that raised an exception, or an exception that caused it."""
+        with self._lock:
+            for seen, node in self.failures:
+                if seen is error:
+                    return node
+        return ""
+
+
+def _prefixes(namespace: str) -> list[str]:
+    """The namespace and those around it, outermost first."""
+    return list(itertools.accumulate(namespace.split("|"), lambda left, right: f"{left}|{right}"))
+
+
+def plain_path(path: Any) -> str:
+    """A LangGraph task path as text, without task ids."""
+    if isinstance(path, tuple | list):
+        return "(" + ",".join(plain_path(part) for part in path) + ")"
+    text = str(path)
+    return "" if isinstance(path, str) and text.count("-") == 4 else text
+
+
+class EpisodeRecorder(Responder):
+    """Answers the trained nodes' calls of one episode from an engine and keeps them.
+
+    Args:
+        agent_of: node path to adapter name; None: the node keeps its own model.
+        order: where the episode stands among all (example, group), for the engine's batches.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        agent_of: Callable[[str], str | None],
+        watch: TaskWatch,
+        quiescence: Quiescence,
+        *,
+        seed: int,
+        order: tuple[int, int],
+        temperature: float | None,
+        max_new_tokens: int,
+        timeout: float,
+    ) -> None:
+        self.calls: list[RecordedCall] = []
+        self.fatal: MarftError | None = None
+        """The first failure that is ours and not the app's; no `except` of the app hides it."""
+        self._engine = engine
+        self._agent_of = agent_of
+        self._watch = watch
+        self._quiescence = quiescence
+        self._seed = seed
+        self._order = order
+        self._temperature = temperature
+        self._max_new_tokens = max_new_tokens
+        self._started = time.monotonic()
+        self._deadline = self._started + timeout
+        self._clock = itertools.count()
+        self._lock = threading.Lock()
+        self._repeats: Counter[tuple[Any, ...]] = Counter()
+        self._futures: set[Future[Completion]] = set()
+        self._is_over = False
+
+    def agent_for(self, node: str) -> str | None:
+        """Adapter of a trained node."""
+        return self._agent_of(node)
+
+    def seconds_left(self) -> float:
+        """Seconds until the episode's deadline."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def blocked_on(self, future: Future[Any]) -> AbstractContextManager[None]:
+        """Tells the gate that this thread waits."""
+        return self._quiescence.blocked_on(future)
+
+    def respond(self, call: InterceptedCall) -> Pending:
+        """Submit a call to the engine."""
+        codec = self._engine.codec(call.agent)
+        prompt_ids = codec.render(call.messages, call.tools)
+        lineage = self._watch.lineage(call.namespace)
+        attempts = self._watch.attempts(call.namespace)
+        with self._lock:
+            begun = next(self._clock)
+            repeats = (lineage, prompt_ids)
+            repeat = self._repeats[repeats]
+            self._repeats[repeats] += 1
+        seed = stable_seed(self._seed, call.node, lineage, repeat, _digest(prompt_ids))
+        try:
+            if self._is_over:
+                raise EpisodeTimeoutError(f"node {call.node!r} called after its episode had ended")
+            request = request_for(
+                call,
+                codec,
+                prompt_ids=prompt_ids,
+                seed=seed,
+                order=(*self._order, call.node, call.step, str(lineage), seed),
+                temperature=self._temperature,
+                max_new_tokens=self._max_new_tokens,
+            )
+            future = self._engine.submit(request)
+        except MarftError as error:
+            self._note(error)
+            raise
+        with self._lock:
+            self._futures.add(future)
+        future.add_done_callback(self._settled)
+        started = time.monotonic()
+
+        def finish(completion: Completion) -> AIMessage:
+            message = message_for(call, codec, request, completion)
+            with self._lock:
+                recorded = RecordedCall(
+                    call=call,
+                    request=request,
+                    completion=completion,
+                    message=message,
+                    lineage=lineage,
+                    attempts=attempts,
+                    begun=begun,
+                    ended=next(self._clock),
+                    started=started - self._started,
+                    seconds=time.monotonic() - started,
+                )
+                self.calls.append(recorded)
+            return message
+
+        return Pending(future, finish)
+
+    def end(self) -> None:
+        """Cancel what is still waiting; later calls are refused."""
+        with self._lock:
+            self._is_over = True
+            waiting = list(self._futures)
+        for future in waiting:
+            future.cancel()
+
+    def _settled(self, future: Future[Completion]) -> None:
+        with self._lock:
+            self._futures.discard(future)
+        error = None if future.cancelled() else future.exception()
+        if isinstance(error, MarftError):
+            self._note(error)
+
+    def _note(self, error: MarftError) -> None:
+        with self._lock:
+            self.fatal = self.fatal or error
+
+
+def _digest(ids: tuple[int, ...]) -> str:
+    return hashlib.blake2b(struct.pack(f"{len(ids)}q", *ids), digest_size=16).hexdigest()
+
+
+def readable(message: BaseMessage) -> dict[str, Any]:
+    """A message as a role/content dict, for people."""
+    roles = {"human": "user", "ai": "assistant"}
+    entry: dict[str, Any] = {"role": roles.get(message.type, message.type), "content": message.text}
+    if isinstance(message, AIMessage) and message.tool_calls:
+        entry["tool_calls"] = [
+            {"name": call["name"], "args": call["args"]} for call in message.tool_calls
+        ]
+    return entry

@@ -1,0 +1,392 @@
+"""`run_episodes`: the unchanged app, many times at once, every trained call answered by an engine.
+
+It owns concurrency, deadlines and what becomes of a failure. It knows nothing of learning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.pregel import Pregel
+
+from marft_graph.engine.base import Engine, SupportsGate
+from marft_graph.episode import Call, Episode, Reward
+from marft_graph.errors import EpisodeTimeoutError, RewardError
+from marft_graph.names import adapter_name, agent_path
+from marft_graph.rollout.inputs import InputFunction, checked_graph, graph_inputs
+from marft_graph.rollout.intercept import intercepting
+from marft_graph.rollout.quiescence import Quiescence
+from marft_graph.rollout.recorder import (
+    EpisodeRecorder,
+    RecordedCall,
+    TaskWatch,
+    readable,
+    stable_seed,
+)
+from marft_graph.rollout.rewards import RewardFunction, call_reward
+from marft_graph.rollout.trace import CallMark, Event, GraphShape, trace_parents
+
+_WORKER_THREADS = 1024
+_CANCEL_SECONDS = 2.0
+
+
+def run_episodes(
+    graph: Any,
+    examples: Iterable[Mapping[str, Any]],
+    *,
+    engine: Engine,
+    reward: RewardFunction | None = None,
+    nodes: Sequence[str] | None = None,
+    inputs: InputFunction | None = None,
+    seed: int = 0,
+    group_size: int = 1,
+    concurrency: int = 256,
+    episode_timeout: float = 600.0,
+    reward_timeout: float = 60.0,
+    temperature: float | None = None,
+    max_new_tokens: int = 256,
+    greedy: bool = False,
+    on_episode: Callable[[Episode], None] | None = None,
+) -> list[Episode]:
+    """Run an app on examples and record every model call of the trained nodes.
+
+    Args:
+        graph: a compiled LangGraph app; it is not changed.
+        examples: dicts; those keys that the graph's input has are handed to it.
+        engine: answers the trained nodes' calls.
+        reward: `reward(example, state) -> float | dict[node, float] | Reward`, sync or async; none:
+            every reward is 0.
+        nodes: nodes to train, as agent paths; none: every node that calls a model. Other nodes keep
+            their own model.
+        inputs: makes the graph's input from an example, where its keys do not fit.
+        seed: with the same seed, app and engine, the episodes are the same.
+        group_size: episodes of each example.
+        concurrency: episodes that run at once.
+        episode_timeout: seconds that an episode may take.
+        reward_timeout: seconds that one reward may take.
+        temperature: sampling temperature; none: what the app asks for, else 1.
+        max_new_tokens: limit of a completion where the app sets none.
+        greedy: sample at temperature 0, whatever else is set.
+        on_episode: called on the event loop's thread for each episode as it ends.
+
+    Returns:
+        The episodes, those of the first example first. One that failed has a status
+        `failed: REASON` and the whole error; it is data for nobody.
+
+    Raises:
+        GraphError: `graph` is no compiled LangGraph app.
+        UnknownNodeError: `nodes` names a node that the graph does not have.
+        DatasetError: no examples, or an example without the graph's input keys.
+        RewardError: the reward function failed; the message shows the example.
+    """
+    app = checked_graph(graph)
+    listed, graph_values = graph_inputs(app, examples, inputs)
+    rollout = _Rollout(
+        graph=app,
+        engine=engine,
+        reward=reward,
+        trained=_trained(app, nodes),
+        nodes=_node_names(app),
+        shape=GraphShape.of(app),
+        concurrency=concurrency,
+        episode_timeout=episode_timeout,
+        reward_timeout=reward_timeout,
+        temperature=0.0 if greedy else temperature,
+        max_new_tokens=max_new_tokens,
+        on_episode=on_episode,
+    )
+    plans = [
+        _Plan(example, value, index, group, stable_seed(seed, index, group))
+        for index, (example, value) in enumerate(zip(listed, graph_values, strict=True))
+        for group in range(group_size)
+    ]
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return rollout.run(plans)
+    return _in_thread(lambda: rollout.run(plans))  # called from a running loop, say a notebook
+
+
+def _in_thread(work: Callable[[], list[Episode]]) -> list[Episode]:
+    outcome: list[list[Episode] | BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name="marft-rollout", daemon=True)
+    thread.start()
+    thread.join()
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _trained(graph: Pregel[Any, Any, Any, Any], nodes: Sequence[str] | None) -> frozenset[str]:
+    """Agent paths to train; empty: all."""
+    if not nodes:
+        return frozenset()
+    from marft_graph.graph.flex_mg import resolve_nodes
+
+    return frozenset(resolve_nodes(graph, nodes))
+
+
+def _node_names(graph: Pregel[Any, Any, Any, Any], prefix: str = "") -> frozenset[str]:
+    """Paths of all nodes, those of graphs inside included, as nodes and as agents."""
+    names: set[str] = set()
+    for name, node in graph.nodes.items():
+        if name.startswith("__"):
+            continue
+        path = prefix + name
+        names |= {path, agent_path(path)}
+        if isinstance(node.bound, Pregel):
+            names |= _node_names(node.bound, f"{path}/")
+    return frozenset(names)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """One episode that is to be run."""
+
+    example: Mapping[str, Any]
+    value: Any
+    example_index: int
+    group: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rollout:
+    """What all episodes of one `run_episodes` share."""
+
+    graph: Pregel[Any, Any, Any, Any]
+    engine: Engine
+    reward: RewardFunction | None
+    trained: frozenset[str]
+    nodes: frozenset[str]
+    shape: GraphShape
+    concurrency: int
+    episode_timeout: float
+    reward_timeout: float
+    temperature: float | None
+    max_new_tokens: int
+    on_episode: Callable[[Episode], None] | None
+
+    def run(self, plans: Sequence[_Plan]) -> list[Episode]:
+        """Run all episodes on an event loop of their own."""
+        quiescence = Quiescence(min(_WORKER_THREADS, 4 * self.concurrency))
+        gated = self.engine if isinstance(self.engine, SupportsGate) else None
+        if gated is not None:
+            gated.use_gate(quiescence)
+        loop = quiescence.loop
+        try:
+            return loop.run_until_complete(self._all(plans, quiescence))
+        finally:
+            if gated is not None:
+                gated.use_gate(None)
+            _cancel_all(loop)
+            quiescence.close()
+
+    async def _all(self, plans: Sequence[_Plan], quiescence: Quiescence) -> list[Episode]:
+        places = asyncio.Semaphore(self.concurrency)
+
+        async def one(plan: _Plan) -> Episode:
+            async with places:
+                episode = await self._episode(plan, quiescence)
+            if self.on_episode is not None:
+                self.on_episode(episode)
+            return episode
+
+        return await asyncio.gather(*(one(plan) for plan in plans))
+
+    async def _episode(self, plan: _Plan, quiescence: Quiescence) -> Episode:
+        started = time.monotonic()
+        run = _EpisodeRun(self, plan, quiescence)
+        await run.play()
+        episode = run.episode()
+        if episode.ok and self.reward is not None:
+            named = self.nodes | {c.node for c in episode.calls}
+            named |= {agent_path(call.node) for call in episode.calls}
+            reward = await call_reward(
+                self.reward,
+                plan.example,
+                episode.state,
+                nodes=named,
+                timeout=self.reward_timeout,
+            )
+            episode = with_reward(episode, reward)
+        return replace(episode, seconds=time.monotonic() - started)
+
+    def agent_of(self, node: str) -> str | None:
+        """Adapter of a node path, if the node is trained."""
+        agent = agent_path(node)
+        return adapter_name(agent) if not self.trained or agent in self.trained else None
+
+
+class _EpisodeRun:
+    """One run of the app, from its input to an `Episode`."""
+
+    def __init__(self, rollout: _Rollout, plan: _Plan, quiescence: Quiescence) -> None:
+        self._rollout = rollout
+        self._plan = plan
+        self._watch = TaskWatch()
+        self._recorder = EpisodeRecorder(
+            rollout.engine,
+            rollout.agent_of,
+            self._watch,
+            quiescence,
+            seed=plan.seed,
+            order=(plan.example_index, plan.group),
+            temperature=rollout.temperature,
+            max_new_tokens=rollout.max_new_tokens,
+            timeout=rollout.episode_timeout,
+        )
+        self._events: list[Event] = []
+        self._state: Any = None
+        self._error: BaseException | None = None
+        self._is_interrupted = False
+
+    async def play(self) -> None:
+        """Run the app until its end, its failure or its deadline."""
+        with intercepting(self._recorder) as metadata:
+            task = asyncio.ensure_future(self._stream(metadata))
+            try:
+                done, _ = await asyncio.wait([task], timeout=self._rollout.episode_timeout)
+                if done:
+                    self._error = task.exception()
+                    return
+                self._recorder.end()
+                self._error = EpisodeTimeoutError(
+                    f"the episode took longer than {self._rollout.episode_timeout:g} seconds "
+                    "(episode_timeout)"
+                )
+                task.cancel()
+                await asyncio.wait([task], timeout=_CANCEL_SECONDS)
+            finally:
+                task.cancel()
+                self._recorder.end()
+
+    async def _stream(self, metadata: dict[str, str]) -> None:
+        graph = self._rollout.graph
+        if graph.checkpointer:  # the app's own store is not for training runs
+            graph = graph.copy(update={"checkpointer": InMemorySaver()})
+        config: Any = {
+            "configurable": {"thread_id": str(uuid.uuid4())},
+            "metadata": metadata,
+            "callbacks": [self._watch],
+        }
+        stream = graph.astream(
+            self._plan.value, config, stream_mode=["tasks", "values"], subgraphs=True
+        )
+        async for namespace, mode, payload in stream:
+            self._events.append(Event(namespace, mode, payload))
+            if mode == "values" and not namespace:
+                self._state = payload
+            elif mode == "tasks" and payload.get("interrupts"):
+                self._is_interrupted = True
+
+    def episode(self) -> Episode:
+        """What is left of the run."""
+        status, error = self._outcome()
+        attempts = dict(self._watch.attempts())
+        recorded = self._recorder.calls.copy()
+        marks = [_mark(call) for call in recorded]
+        ordered = trace_parents(self._events, marks, self._rollout.shape, attempts)
+        calls = [
+            _call(recorded[position], index, parents)
+            for index, (position, parents) in enumerate(ordered)
+        ]
+        return Episode(
+            example=self._plan.example,
+            calls=tuple(calls),
+            state=self._state if status == "ok" else None,
+            status=status,
+            error=error,
+            seed=self._plan.seed,
+            example_index=self._plan.example_index,
+        )
+
+    def _outcome(self) -> tuple[str, str]:
+        error = self._error
+        if isinstance(error, EpisodeTimeoutError):
+            return "failed: timeout", str(error)
+        error = self._recorder.fatal or error
+        if error is None and self._is_interrupted:
+            return "failed: interrupt", (
+                "the app called interrupt() and waits for a person; train it with a graph that "
+                "does not interrupt"
+            )
+        if error is None:
+            return "ok", ""
+        node = self._watch.node_of(error)
+        name = type(error).__name__
+        where = f" in {node}" if node else ""
+        return f"failed: {name}{where}", f"{name}{where and f' in node {node!r}'}: {error}"
+
+
+def _mark(recorded: RecordedCall) -> CallMark:
+    steps = tuple(part[1:] for part in recorded.lineage)
+    return CallMark(
+        namespace=recorded.call.namespace,
+        begun=recorded.begun,
+        ended=recorded.ended,
+        key=(str(steps), recorded.call.node, recorded.request.seed),
+        attempts=recorded.attempts,
+    )
+
+
+def _call(recorded: RecordedCall, index: int, parents: tuple[int, ...]) -> Call:
+    call, request, completion = recorded.call, recorded.request, recorded.completion
+    return Call(
+        agent=call.agent,
+        node=call.node,
+        index=index,
+        parents=parents,
+        prompt_ids=request.prompt_ids,
+        completion_ids=completion.ids,
+        logprobs=completion.logprobs,
+        finish_reason=completion.finish_reason,
+        adapter_version=completion.adapter_version,
+        temperature=request.sampling.temperature,
+        messages=tuple(readable(message) for message in (*call.messages, recorded.message)),
+        task_id=call.task_id,
+        step=call.step,
+        seed=request.seed,
+        started=recorded.started,
+        seconds=recorded.seconds,
+    )
+
+
+def with_reward(episode: Episode, reward: Reward) -> Episode:
+    """The episode with its reward; a node's own goes to the node's last call."""
+    calls = list(episode.calls)
+    for name, value in reward.nodes.items():
+        mine = [c.index for c in calls if name in (c.node, agent_path(c.node))]
+        if mine:
+            last = calls[mine[-1]]
+            calls[mine[-1]] = replace(last, reward=last.reward + value)
+    return replace(
+        episode,
+        calls=tuple(calls),
+        outcome_reward=reward.outcome,
+        node_rewards=dict(reward.nodes),
+    )
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel what an error or Ctrl-C left running, without waiting for ever."""
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks, timeout=_CANCEL_SECONDS))
+    loop.run_until_complete(loop.shutdown_asyncgens())

@@ -1,0 +1,151 @@
+"""The local engine: what it stores is exactly what the learner recomputes."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from langchain_core.messages import HumanMessage
+
+from marft_graph.engine.base import Completion, GenerationRequest, SamplingSettings
+from marft_graph.engine.local import LocalEngine, sample
+from marft_graph.errors import EngineError, PromptTooLongError
+from marft_graph.policy.adapters import Policy
+from marft_graph.policy.logprobs import token_logprobs
+
+AGENTS = ("reasoner", "actor")
+
+
+@pytest.fixture
+def policy(tiny_model: Path) -> Policy:
+    policy = Policy.load(str(tiny_model), AGENTS)
+    torch.manual_seed(1)
+    for parameters in policy.adapter_parameters.values():
+        for parameter in parameters:  # adapters that do something, and different things
+            torch.nn.init.normal_(parameter, std=0.1)
+    return policy
+
+
+def mixed_requests(policy: Policy, count: int) -> list[GenerationRequest]:
+    """Prompts of different lengths, three adapters, three temperatures, two limits."""
+    requests = []
+    for i in range(count):
+        prompt = policy.codec.render([HumanMessage("word " * (1 + 5 * (i % 7)))])
+        sampling = SamplingSettings(
+            temperature=(1.0, 0.6, 0.0)[i % 3], max_tokens=(5, 24)[i % 2]
+        )
+        agent = (None, *AGENTS)[i % 3]
+        requests.append(GenerationRequest(agent, prompt, sampling, seed=i, order=(i,)))
+    return requests
+
+
+def recomputed(policy: Policy, request: GenerationRequest, ids: tuple[int, ...]) -> torch.Tensor:
+    """Log-probs of a completion from a plain forward pass of one unpadded sequence."""
+    sequence = torch.tensor([request.prompt_ids + ids])
+    with policy.using(request.agent), torch.no_grad():
+        states = policy.hidden(sequence)[0, len(request.prompt_ids) - 1 : -1]
+        temperature = torch.full((len(ids),), request.sampling.temperature)
+        return token_logprobs(
+            states, torch.tensor(ids), temperature, policy.logits, policy.vocabulary
+        )[0]
+
+
+def test_stored_logprobs_equal_the_recomputation(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    requests = mixed_requests(policy, 42)
+    futures = [engine.submit(request) for request in requests]
+    reasons = set()
+    for request, future in zip(requests, futures, strict=True):
+        completion = future.result(timeout=60)
+        reasons.add(completion.finish_reason)
+        expected = recomputed(policy, request, completion.ids)
+        assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-4)
+    assert reasons == {"stop", "length"}  # ends by end-of-sequence and by limit are both covered
+    engine.close()
+
+
+def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    requests = mixed_requests(policy, 20)
+    together = [f.result(timeout=60) for f in [engine.submit(r) for r in requests]]
+    alone = [engine.submit(request).result(timeout=60) for request in requests]
+    assert [c.ids for c in alone] == [c.ids for c in together]
+    engine.close()
+
+
+def test_calls_beyond_the_batch_size_wait_their_turn(policy: Policy) -> None:
+    engine = LocalEngine(policy, max_batch_size=3)
+    requests = mixed_requests(policy, 12)
+    few = [f.result(timeout=60) for f in [engine.submit(r) for r in requests]]
+    engine.close()
+    wide = LocalEngine(policy)
+    many = [f.result(timeout=60) for f in [wide.submit(r) for r in requests]]
+    wide.close()
+    assert [c.ids for c in few] == [c.ids for c in many]
+
+
+def test_a_stop_string_ends_the_completion_and_stays_in_its_ids(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    prompt = policy.codec.render([HumanMessage("hello")])
+    free = engine.submit(GenerationRequest("actor", prompt, SamplingSettings(max_tokens=30), 3))
+    ids = free.result(timeout=60).ids
+    word = policy.codec.decode(ids[2:3])
+    first = next(i for i in range(len(ids)) if word in policy.codec.decode(ids[: i + 1]))
+    stopping = SamplingSettings(max_tokens=30, stop=(word,))
+    stopped = engine.submit(GenerationRequest("actor", prompt, stopping, 3)).result(timeout=60)
+    assert stopped.ids == ids[: first + 1]
+    assert stopped.finish_reason == "stop"
+    assert word not in str(policy.codec.parse(stopped.ids, stop=(word,)).content)
+    engine.close()
+
+
+def test_completions_carry_the_published_version(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    request = mixed_requests(policy, 1)[0]
+    assert engine.submit(request).result(timeout=60).adapter_version == 0
+    engine.publish(7)
+    assert engine.submit(request).result(timeout=60).adapter_version == 7
+    engine.close()
+
+
+def test_a_prompt_longer_than_the_context_is_refused(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    request = GenerationRequest("actor", (0,) * 256, SamplingSettings())
+    with pytest.raises(PromptTooLongError, match="256 tokens; the context of 256"):
+        engine.submit(request)
+
+
+def test_a_completion_never_outgrows_the_context(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    request = GenerationRequest("actor", (0,) * 250, SamplingSettings(max_tokens=100))
+    assert len(engine.submit(request).result(timeout=60).ids) <= 6
+    engine.close()
+
+
+def test_unknown_agents_and_closed_engines_are_refused(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    with pytest.raises(EngineError, match="no adapter 'critic'; this engine has reasoner, actor"):
+        engine.submit(GenerationRequest("critic", (1,), SamplingSettings()))
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.submit(GenerationRequest("actor", (1,), SamplingSettings()))
+
+
+def test_closing_fails_what_still_waits(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    futures: list[Future[Completion]] = [engine.submit(r) for r in mixed_requests(policy, 30)]
+    engine.close()
+    for future in futures:
+        assert future.done()
+        assert future.exception() is None or isinstance(future.exception(), EngineError)
+
+
+def test_sampling_follows_the_distribution() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0]).repeat(30_000, 1)
+    uniform = torch.rand(30_000, generator=torch.Generator().manual_seed(0))
+    tokens, _ = sample(logits, torch.ones(30_000), uniform)
+    shares = torch.bincount(tokens, minlength=3) / 30_000
+    # three standard errors of a share near one half
+    assert torch.allclose(shares, torch.softmax(logits[0], -1), atol=0.009)
