@@ -35,7 +35,11 @@ def request_for(
     """The request for a call, within the limits that the app set.
 
     Args:
+        call: what the node asks.
+        codec: renders the prompt.
         prompt_ids: the rendered prompt, where it has been rendered already.
+        seed: of the sample.
+        order: sorts the request among others.
         temperature: overrides the app's; None: what the app asks for, else 1.
         max_new_tokens: limit where the app sets none.
 

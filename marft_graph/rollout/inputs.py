@@ -23,8 +23,10 @@ def checked_graph(graph: Any) -> Pregel[Any, Any, Any, Any]:
     """
     if isinstance(graph, Pregel):
         return graph
-    hint = "call .compile() on it first" if callable(getattr(graph, "compile", None)) else (
-        "give the result of StateGraph(...).compile(), create_agent(...) or @entrypoint"
+    hint = (
+        "call .compile() on it first"
+        if callable(getattr(graph, "compile", None))
+        else ("give the result of StateGraph(...).compile(), create_agent(...) or @entrypoint")
     )
     raise GraphError(f"a {type(graph).__name__} is no compiled LangGraph app; {hint}")
 

@@ -1,8 +1,8 @@
 """Answering an app's chat-model calls without changing the app.
 
-The only module that touches LangChain's private names. While a run is active, `BaseChatModel`'s
-lowest common methods ask whether the call comes from a graph node that the run's `Responder` answers
-for; every other call goes to the original. It knows neither engines nor episodes.
+The only module that touches LangChain's private names. While a run is active, the lowest common
+methods of `BaseChatModel` ask whether the call comes from a graph node that the run's `Responder`
+answers for; every other call goes to the original. It knows neither engines nor episodes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 When nothing in the app can submit another call before it gets an answer: the event loop waits for
 the outside, and every worker thread that runs user code waits for the engine. This module owns the
-event loop's selector and the worker threads, hence knows both. It knows nothing of models or graphs.
+event loop's selector and the worker threads, hence knows both; of models and graphs it knows
+nothing.
 
 Ordinary apps therefore batch identically in every run with one seed. A blocking tool or a foreign
 thread cannot be seen through; the gate then opens after a short patience, so nothing deadlocks.

@@ -33,6 +33,9 @@ async def call_reward(
     Synchronous functions run in the loop's worker threads.
 
     Args:
+        reward: the user's function.
+        example: what the episode ran on.
+        state: final state of the graph.
         nodes: names that a dict of rewards may use.
         timeout: seconds that the function may take.
 

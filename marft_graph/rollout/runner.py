@@ -11,14 +11,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.pregel import Pregel
 
 from marft_graph.engine.base import Engine, SupportsGate
 from marft_graph.episode import Call, Episode, Reward
-from marft_graph.errors import EpisodeTimeoutError, RewardError
+from marft_graph.errors import EpisodeTimeoutError
 from marft_graph.names import adapter_name, agent_path
 from marft_graph.rollout.inputs import InputFunction, checked_graph, graph_inputs
 from marft_graph.rollout.intercept import intercepting
@@ -114,6 +114,17 @@ def run_episodes(
     return _in_thread(lambda: rollout.run(plans))  # called from a running loop, say a notebook
 
 
+def check_examples(
+    graph: Any, examples: Iterable[Mapping[str, Any]], inputs: InputFunction | None = None
+) -> None:
+    """Refuse examples that `run_episodes` would refuse, before anything is loaded.
+
+    Raises:
+        GraphError, DatasetError: as in `run_episodes`.
+    """
+    graph_inputs(checked_graph(graph), examples, inputs)
+
+
 def _in_thread(work: Callable[[], list[Episode]]) -> list[Episode]:
     outcome: list[list[Episode] | BaseException] = []
 
@@ -135,9 +146,13 @@ def _trained(graph: Pregel[Any, Any, Any, Any], nodes: Sequence[str] | None) -> 
     """Agent paths to train; empty: all."""
     if not nodes:
         return frozenset()
+    if set(nodes) <= _node_names(graph):
+        return frozenset(agent_path(node) for node in nodes)
+    # Imported here: compiling a graph runs it once, by this very module.
+    from marft_graph.graph.compile import compile_graph
     from marft_graph.graph.flex_mg import resolve_nodes
 
-    return frozenset(resolve_nodes(graph, nodes))
+    return frozenset(resolve_nodes(compile_graph(graph), tuple(nodes)))
 
 
 def _node_names(graph: Pregel[Any, Any, Any, Any], prefix: str = "") -> frozenset[str]:
@@ -287,7 +302,8 @@ class _EpisodeRun:
         stream = graph.astream(
             self._plan.value, config, stream_mode=["tasks", "values"], subgraphs=True
         )
-        async for namespace, mode, payload in stream:
+        async for item in stream:
+            namespace, mode, payload = cast("tuple[tuple[str, ...], str, Any]", item)
             self._events.append(Event(namespace, mode, payload))
             if mode == "values" and not namespace:
                 self._state = payload

@@ -2,9 +2,10 @@
 
 Each graph run (a namespace of LangGraph's `tasks` stream) keeps for every channel its *provenance*:
 the calls whose output the channel holds. A plain channel's provenance is replaced by its last
-writer's, a reducer's collects all writers'. A task knows the provenance of the channels it read; its
-calls depend on that and on the task's earlier calls; what it writes comes from its last calls, or,
-where it made none, from what it knew. Pure functions of recorded events; nothing here runs anything.
+writer's, a reducer's collects all writers'. A task knows the provenance of the channels it read;
+its calls depend on that and on the task's earlier calls; what it writes comes from its last calls,
+or, where it made none, from what it knew. Pure functions of recorded events: nothing here runs
+anything.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from langgraph.channels import AnyValue, EphemeralValue, LastValue, LastValueAfterFinish, UntrackedValue
+from langgraph.channels import (
+    AnyValue,
+    EphemeralValue,
+    LastValue,
+    LastValueAfterFinish,
+    UntrackedValue,
+)
 from langgraph.pregel import Pregel
 from pydantic import BaseModel
 
@@ -68,7 +75,9 @@ class GraphShape:
     @classmethod
     def of(cls, graph: Pregel[Any, Any, Any, Any]) -> GraphShape:
         """The shape of a compiled graph."""
-        reducers = {n for n, channel in graph.channels.items() if not isinstance(channel, _REPLACED)}
+        reducers = {
+            n for n, channel in graph.channels.items() if not isinstance(channel, _REPLACED)
+        }
         channels, subgraphs, targets = {}, {}, {}
         for name, node in graph.nodes.items():
             given = [node.channels] if isinstance(node.channels, str) else node.channels
@@ -92,6 +101,9 @@ def trace_parents(
     """The calls that count, in topological order, each with its parents.
 
     Args:
+        events: in the order in which the run reported them.
+        calls: in any order.
+        shape: of the graph that was run.
         attempts: how many attempts each task took, by namespace, where any was retried. Calls of an
             attempt that failed and was retried are left out.
 
