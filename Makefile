@@ -26,7 +26,7 @@ setup: $(INSTALLED)  ## make .venv with everything that demo, test and check nee
 # (version managers leave such shims), so each candidate is tried.
 $(INSTALLED): pyproject.toml constraints.txt
 	@set -e; \
-	if [ ! -x $(BIN)/python ]; then \
+	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
 	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
 	  done; \

@@ -92,7 +92,7 @@ def train(
     settings = merged_settings(*layers, config_file=config_file, options=options)
     dataset = _chosen_dataset(settings, dataset)
     config = TrainConfig.from_mapping(settings)  # refuses bad settings before torch is imported
-    train_data, eval_data = target.load_data(dataset)
+    train_data, eval_data = _load_data(target, dataset)
 
     from marft_graph.trainer import Trainer
 
@@ -139,7 +139,7 @@ def evaluate(
     settings = merged_settings(target.settings, config_file=None, options=options)
     dataset = _chosen_dataset(settings, dataset)
     config = TrainConfig.from_mapping(settings)
-    held_out = target.load_data(dataset)[1]
+    held_out = _load_data(target, dataset)[1]
     if held_out is None:
         raise DatasetError(f"{workflow} has no held-out examples to evaluate on")
 
@@ -223,6 +223,28 @@ def _chosen_dataset(settings: dict[str, Any], given: str | None) -> str | None:
     """Take `dataset` out of the settings: it belongs to the workflow, not to `TrainConfig`."""
     configured = settings.pop("dataset", None)
     return configured if given is None else given
+
+
+def _load_data(target: Workflow, dataset: str | None) -> tuple[Any, Any]:
+    """Training and held-out examples; where no data set is named, the workflow's own choice.
+
+    Raises:
+        DatasetError: the workflow's `load_data` refused, or returned something else than a pair.
+    """
+    load_data = target.load_data
+    if load_data is None:
+        raise WorkflowError(f"{target.name} has no load_data")
+    asked = f"load_data({'' if dataset is None else repr(dataset)}) of {target.name}"
+    try:
+        loaded = load_data() if dataset is None else load_data(dataset)
+    except (ValueError, OSError) as error:  # bad names and paths; other errors are bugs
+        raise DatasetError(f"{asked}: {error}") from error
+    if not isinstance(loaded, tuple) or len(loaded) != 2:
+        raise DatasetError(
+            f"{asked} returned a {type(loaded).__name__}; it must return a tuple of two data sets, "
+            "to train on and held out (None where there is none)"
+        )
+    return loaded
 
 
 def _print_result(result: TrainResult, workflow: str, dataset: str | None) -> None:

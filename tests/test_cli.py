@@ -14,6 +14,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+import marft_graph.workflow
 from marft_graph import errors
 from marft_graph.cli import main
 from marft_graph.config import TrainConfig
@@ -67,11 +68,10 @@ def app(tmp_path: Path) -> str:
 def no_training(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """Stand in for the workflow and the trainer; returns what each Trainer was given."""
     import marft_graph.trainer
-    import marft_graph.workflow
 
     asked: list[dict] = []
 
-    def load_data(dataset: str | None) -> tuple[list[dict], list[dict]]:
+    def load_data(dataset: str) -> tuple[list[dict], list[dict]]:
         asked.append({"dataset": dataset})
         return [{"question": "1+1"}], [{"question": "2+2"}]
 
@@ -298,6 +298,25 @@ def test_a_target_that_does_not_exist_is_named():
     result = marft("inspect", "no/such/folder")
     assert result.exit_code == 2
     assert "no/such/folder" in result.stderr
+
+
+@pytest.mark.parametrize("command", [("train", "w", "--run-dir"), ("eval", "w", "--adapters")])
+@pytest.mark.parametrize(
+    ("load_data", "message"),
+    [
+        (lambda name: [{"question": "1+1"}], "returned a list; it must return a tuple of two"),
+        (lambda name: int(name), "load_data('own') of w: invalid literal"),
+        (lambda name: open("no-such-file"), "load_data('own') of w: [Errno 2]"),
+    ],
+)
+def test_a_data_set_that_cannot_be_loaded_is_named(
+    no_training, monkeypatch, tmp_path, command, load_data, message
+):
+    target = marft_graph.workflow.load_target("w")
+    monkeypatch.setattr(target, "load_data", load_data)
+    result = marft(*command, tmp_path / "run")
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 def test_export_of_a_folder_that_is_no_run_says_so(tmp_path):

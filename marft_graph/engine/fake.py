@@ -97,7 +97,8 @@ class FakeEngine:
         context_length: prompt and completion tokens (bytes) that fit.
 
     >>> engine = FakeEngine({"actor": "12"})
-    >>> request = GenerationRequest("actor", engine.codec("actor").render([]))
+    >>> prompt = engine.codec("actor").render([])
+    >>> request = GenerationRequest("actor", prompt, SamplingSettings())
     >>> bytes(engine.submit(request).result().ids[:-1])
     b'12'
     >>> engine.close()
@@ -191,10 +192,10 @@ class FakeEngine:
     def _answer(self, request: GenerationRequest) -> Answer:
         agent = request.agent or "base"
         answer: Any = self._script
-        if isinstance(answer, Mapping):
-            answer = answer.get(agent, answer.get(agent_of_adapter(agent)))
+        if isinstance(self._script, Mapping):
+            answer = self._script.get(agent, self._script.get(agent_of_adapter(agent)))
             if answer is None:
-                known = ", ".join(map(repr, self._script)) if self._script else "nothing"
+                known = ", ".join(map(repr, self._script)) or "nothing"
                 raise EngineError(f"the script has no answer for {agent!r}; it has {known}")
         if callable(answer):
             messages = list(request.messages)
@@ -212,11 +213,12 @@ class FakeEngine:
         return answer
 
     def _completion(self, answer: str | AIMessage, request: GenerationRequest) -> Completion:
-        text = answer
         if isinstance(answer, AIMessage):
-            text = answer.text + _tool_call_text(answer.tool_calls)
+            text = f"{answer.text}{_tool_call_text(answer.tool_calls)}"
+        else:
+            text = answer
         ends = [text.find(mark) + len(mark) for mark in request.sampling.stop if mark in text]
-        ids = [*str(text)[: min(ends)].encode()] if ends else [*str(text).encode(), END_OF_SEQUENCE]
+        ids = [*text[: min(ends)].encode()] if ends else [*text.encode(), END_OF_SEQUENCE]
         limit = request.sampling.max_tokens
         reason: FinishReason = "stop" if len(ids) <= limit else "length"
         ids = ids[:limit]

@@ -47,16 +47,19 @@ def dag_gae(
         Tensors in the dtype of `values` if that is a floating tensor, else float64.
 
     Raises:
-        ValueError: lengths differ, or a parent does not come before its child.
+        ValueError: lengths differ, a tensor has not one axis, or a parent does not come before its
+            child.
 
     >>> advantages, returns = dag_gae([0, 0], [0.5, 0.25], [(), (0,)], 1.0, gamma=1.0, lam=0.5)
     >>> advantages.tolist(), returns.tolist()
     ([0.125, 0.75], [0.625, 1.0])
     """
-    value_N = torch.as_tensor(values, dtype=None if isinstance(values, Tensor) else torch.float64)
-    exact_N = value_N.detach().double()
+    floating = isinstance(values, Tensor) and values.is_floating_point()
+    value_N = torch.as_tensor(values, dtype=None if floating else torch.float64).detach()
+    _check_one_axis("values", value_N)
+    exact_N = value_N.double()
     advantages, returns = token_gae(
-        [float(reward) for reward in rewards],
+        rewards,
         list(exact_N.unsqueeze(-1)),
         parents,
         outcome,
@@ -114,6 +117,7 @@ def token_gae(
         for k, value in enumerate(exact)
     ]
     ended = [_discounted_sum(delta, decay_token) for delta in inner]
+    parents = [tuple(dict.fromkeys(own)) for own in parents]
     advantages, returns = [], []
     for i in range(len(exact)):
         members = _descendants(i, children)
@@ -231,7 +235,7 @@ def _discounted_sum(delta_T: Tensor, decay: float) -> Tensor:
 def _children(parents: Parents) -> list[list[int]]:
     children: list[list[int]] = [[] for _ in parents]
     for child, own in enumerate(parents):
-        for parent in dict.fromkeys(own):
+        for parent in dict.fromkeys(own):  # named twice is observed once
             children[parent].append(child)
     return children
 
@@ -247,12 +251,19 @@ def _descendants(i: int, children: Sequence[Sequence[int]]) -> list[int]:
     return sorted(found)
 
 
+def _check_one_axis(name: str, numbers: Tensor) -> None:
+    if numbers.ndim != 1:
+        raise ValueError(f"{name} has shape {tuple(numbers.shape)}; give one number for each call")
+
+
 def _check(
     rewards: Sequence[float] | Tensor,
     values: Sequence[Tensor],
     parents: Parents,
     token_rewards: Sequence[Tensor] | None,
 ) -> None:
+    if isinstance(rewards, Tensor):
+        _check_one_axis("rewards", rewards)
     if not len(rewards) == len(values) == len(parents):
         raise ValueError(
             f"{len(rewards)} rewards, {len(values)} values and {len(parents)} parent lists; give one "

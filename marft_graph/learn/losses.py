@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_MOST_LOG_RATIO = 40.0
+"""Its exponential and the square of that, as in a gradient's norm, are finite in float32."""
+
 
 def policy_loss(
     logprobs_N: Tensor,
@@ -25,7 +28,8 @@ def policy_loss(
     """PPO's clipped objective, negated (Schulman et al. 2017, arXiv 1707.06347, eq. 7).
 
     L = -1/denominator * sum over n of min(rho A, clip(rho, 1 - low, 1 + high) A), with
-    rho = exp(logprob - old logprob).
+    rho = exp(logprob - old logprob). Departure: a log-ratio counts as 40 at most, for one that
+    overflows (a whole action's sum can) would turn the gradient of the batch into NaN.
 
     Args:
         logprobs_N: under the policy being trained.
@@ -45,7 +49,7 @@ def policy_loss(
     (-1.1, 0.5)
     """
     low, high = clip
-    ratio_N = torch.exp(logprobs_N - old_logprobs_N)
+    ratio_N = torch.exp((logprobs_N - old_logprobs_N).clamp(max=_MOST_LOG_RATIO))
     clipped_N = ratio_N.clamp(1 - low, 1 + high)
     objective_N = torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
     held_N = torch.where(advantages_N > 0, ratio_N > 1 + high, ratio_N < 1 - low)

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from langchain_core.language_models import _compat_bridge
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables.config import RunnableConfig, ensure_config, var_child_runnable_config
 from langchain_core.utils.function_calling import convert_to_openai_tool
@@ -333,7 +334,7 @@ async def _astream(
 def _chunk(message: AIMessage) -> AIMessageChunk:
     """The whole answer as one chunk: apps read `tool_call_chunks` and add chunks up."""
     calls = [
-        {"name": call["name"], "args": _json(call["args"]), "id": call["id"], "index": index}
+        tool_call_chunk(name=call["name"], args=_json(call["args"]), id=call["id"], index=index)
         for index, call in enumerate([*message.tool_calls, *message.invalid_tool_calls])
     ]
     return AIMessageChunk(
@@ -342,7 +343,7 @@ def _chunk(message: AIMessage) -> AIMessageChunk:
         response_metadata=message.response_metadata,
         usage_metadata=message.usage_metadata,
         id=message.id,
-        tool_call_chunks=[{**call, "type": "tool_call_chunk"} for call in calls],
+        tool_call_chunks=calls,
         chunk_position="last",
     )
 

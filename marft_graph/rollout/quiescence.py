@@ -52,9 +52,9 @@ class Quiescence:
         patience: seconds without any progress after which the gate opens all the same.
     """
 
-    def __init__(self, max_workers: int, *, patience: float = 0.02) -> None:
+    def __init__(self, max_workers: int, *, patience: float = 0.05) -> None:
         self._patience = patience
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
         self._version = 0
         self._is_idle = False
         self._loop_is_slow = False
@@ -63,6 +63,7 @@ class Quiescence:
         self._loop_item = WorkItem(Future(), lambda: None)
         self._items: dict[int, WorkItem] = {}
         self._foreign: list[Future[Any]] = []
+        self._blocked = 0
         self.loop: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop(_IdleSelector(self))
         self.workers = WorkerThreads(self, max_workers)
         self.loop.set_default_executor(self.workers)
@@ -91,6 +92,8 @@ class Quiescence:
         with self._changed:
             self._items.pop(threading.get_ident(), None)
             self._version += 1
+            # The result's callback stands in the loop's queue, but the loop may still sleep.
+            self._probe()
             self._changed.notify_all()
 
     @contextmanager
@@ -103,8 +106,10 @@ class Quiescence:
                 self._foreign.append(future)
             else:
                 item.awaited, item.is_slow = future, False
+                self._blocked += 1
             self._version += 1
-            self._changed.notify_all()
+            if self._blocked >= len(self._items):
+                self._changed.notify_all()
         try:
             yield
         finally:
@@ -113,6 +118,7 @@ class Quiescence:
                     self._foreign.remove(future)
                 else:
                     item.awaited = None
+                    self._blocked -= 1
                 self._version += 1
 
     # The gate

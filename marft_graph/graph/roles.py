@@ -1,0 +1,125 @@
+"""Which nodes call a model: read from what a node's code holds, without running it.
+
+A node's function, its closure, the globals it names, the object it is bound to and the Runnables it is
+made of are searched for chat models and for other graphs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.runnables import Runnable
+from langgraph.pregel import Pregel
+
+_DEPTH = 6
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Findings:
+    """What a node's code holds."""
+
+    calls_model: bool
+    graphs: tuple[Pregel[Any, Any, Any, Any], ...]
+    """Graphs that the node can run inside itself."""
+    mentions: frozenset[str]
+    """Names that the code uses, such as `Command` and `Send`."""
+
+
+def inspect_node(bound: Any) -> Findings:
+    """Search what a node runs.
+
+    Args:
+        bound: the node's Runnable (`app.nodes[name].bound`).
+    """
+    seen: set[int] = set()
+    models, graphs, mentions = [], [], set()
+    for value in _reachable(bound, seen, _DEPTH):
+        if isinstance(value, BaseChatModel):
+            models.append(value)
+        elif isinstance(value, Pregel):
+            graphs.append(value)
+        elif isinstance(value, types.CodeType):
+            mentions.update(value.co_names)
+    return Findings(bool(models), tuple(graphs), frozenset(mentions))
+
+
+def _reachable(value: Any, seen: set[int], depth: int) -> Iterator[Any]:
+    if depth < 0 or id(value) in seen:
+        return
+    seen.add(id(value))
+    yield value
+    if isinstance(value, BaseChatModel | Pregel):
+        return
+    for inner in _parts(value):
+        yield from _reachable(inner, seen, depth - 1)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """What a value may call or hold."""
+    if isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.MethodType):
+        yield from (value.__func__, value.__self__)
+    elif isinstance(value, types.FunctionType):
+        yield from _function_parts(value)
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield from value
+    elif isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, Runnable) or _is_users_object(value):
+        yield from _attributes(value)
+        call = getattr(type(value), "__call__", None)
+        if isinstance(call, types.FunctionType) and not isinstance(value, Runnable):
+            yield call
+
+
+def _function_parts(function: types.FunctionType) -> Iterator[Any]:
+    yield function.__code__
+    for wrapped in (getattr(function, "__wrapped__", None), *(function.__defaults__ or ())):
+        if wrapped is not None:
+            yield wrapped
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not filled yet: a name that is assigned later
+            continue
+    for code in _codes(function.__code__):
+        for name in code.co_names:
+            if name in function.__globals__:
+                yield function.__globals__[name]
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A function's code and that of the functions defined inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _is_users_object(value: Any) -> bool:
+    module = type(value).__module__
+    return not (
+        inspect.ismodule(value)
+        or isinstance(value, type)
+        or module.partition(".")[0] in ("builtins", "langchain_core", "langgraph", "pydantic", "re")
+    )
+
+
+def _attributes(value: Any) -> Iterator[Any]:
+    names: set[str] = set(getattr(value, "__dict__", ()))
+    for kind in type(value).__mro__:
+        names.update(getattr(kind, "__slots__", ()))
+    for name in sorted(names):
+        try:
+            yield inspect.getattr_static(value, name) if name not in getattr(
+                value, "__dict__", {}
+            ) else value.__dict__[name]
+        except AttributeError:  # a slot that was never filled
+            continue
