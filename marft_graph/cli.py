@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,14 +86,14 @@ def train(
     """
     if overwrite and resume:
         raise click.UsageError("--overwrite and --resume exclude each other")
-    target = _load_task(workflow)
+    target, load_data, reward = _load_task(workflow)
     layers = [target.settings]
     if resume and (run_dir / "config.yaml").is_file():
         layers.append(read_yaml(run_dir / "config.yaml"))
     settings = merged_settings(*layers, config_file=config_file, options=options)
     dataset = _chosen_dataset(settings, dataset)
     config = TrainConfig.from_mapping(settings)  # refuses bad settings before torch is imported
-    train_data, eval_data = _load_data(target, dataset)
+    train_data, eval_data = _loaded(load_data, dataset, workflow)
 
     from marft_graph.trainer import Trainer
 
@@ -100,7 +101,7 @@ def train(
         target.graph,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        reward=target.reward,
+        reward=reward,
         config=config,
         run_dir=run_dir,
         inputs=target.inputs,
@@ -134,12 +135,12 @@ def evaluate(
     device: str | None,
 ) -> None:
     """Measure trained adapters on the held-out examples of WORKFLOW."""
-    target = _load_task(workflow)
+    target, load_data, reward = _load_task(workflow)
     options = {"eval_examples": examples, "device": device}
     settings = merged_settings(target.settings, config_file=None, options=options)
     dataset = _chosen_dataset(settings, dataset)
     config = TrainConfig.from_mapping(settings)
-    held_out = _load_data(target, dataset)[1]
+    held_out = _loaded(load_data, dataset, workflow)[1]
     if held_out is None:
         raise DatasetError(f"{workflow} has no held-out examples to evaluate on")
 
@@ -150,7 +151,7 @@ def evaluate(
             target.graph,
             adapters,
             held_out,
-            reward=target.reward,
+            reward=reward,
             config=config,
             inputs=target.inputs,
             greedy=choice,
@@ -201,22 +202,23 @@ def export(run: Path, out: Path) -> None:
     click.echo(f"adapters: {folder}\n\n{_usage(folder)}")
 
 
-def _load_task(name: str) -> Workflow:
-    """The workflow, with the parts that running it needs.
+def _load_task(name: str) -> tuple[Workflow, Callable[..., Any], Callable[..., Any]]:
+    """The workflow, and the two functions without which it cannot be run: data and reward.
 
     Raises:
-        WorkflowError: it cannot be loaded, or has no data or no reward.
+        WorkflowError: it cannot be loaded, or lacks one of the two.
     """
     from marft_graph.workflow import load_target
 
     target = load_target(name)
-    missing = [part for part in ("load_data", "reward") if getattr(target, part) is None]
-    if missing:
+    if target.load_data is None or target.reward is None:
+        parts = {"load_data": target.load_data, "reward": target.reward}
+        missing = " and no ".join(part for part, function in parts.items() if function is None)
         raise WorkflowError(
-            f"{name} has no {' and no '.join(missing)}; this command needs a workflow folder whose "
-            "task.py defines both (for a graph of your own: marft_graph.Trainer)"
+            f"{name} has no {missing}; this command needs a workflow folder whose task.py defines "
+            "both (to train a graph of your own without one: marft_graph.Trainer)"
         )
-    return target
+    return target, target.load_data, target.reward
 
 
 def _chosen_dataset(settings: dict[str, Any], given: str | None) -> str | None:
@@ -225,16 +227,13 @@ def _chosen_dataset(settings: dict[str, Any], given: str | None) -> str | None:
     return configured if given is None else given
 
 
-def _load_data(target: Workflow, dataset: str | None) -> tuple[Any, Any]:
+def _loaded(load_data: Callable[..., Any], dataset: str | None, workflow: str) -> tuple[Any, Any]:
     """Training and held-out examples; where no data set is named, the workflow's own choice.
 
     Raises:
-        DatasetError: the workflow's `load_data` refused, or returned something else than a pair.
+        DatasetError: `load_data` refused, or returned something else than a pair.
     """
-    load_data = target.load_data
-    if load_data is None:
-        raise WorkflowError(f"{target.name} has no load_data")
-    asked = f"load_data({'' if dataset is None else repr(dataset)}) of {target.name}"
+    asked = f"load_data({'' if dataset is None else repr(dataset)}) of {workflow}"
     try:
         loaded = load_data() if dataset is None else load_data(dataset)
     except (ValueError, OSError) as error:  # bad names and paths; other errors are bugs

@@ -166,7 +166,9 @@ class Trainer:
             RewardError: the reward function raised; the message has the example.
         """
         log = self._open_run_folder()
-        bar = TrainingProgress(self.config.iterations, enabled=progress)
+        bar = TrainingProgress(
+            self.config.iterations, start=self.iteration, enabled=progress
+        )
         with bar, self._stopping_on_interrupt():
             before = self._evaluate_both(log, "before") if self.iteration == 0 else (None, None)
             while self.iteration < self.config.iterations and not self._stop.is_set():
@@ -315,8 +317,11 @@ class Trainer:
             return None, None
         sampled = self.evaluate(name=f"eval_{when}")
         greedy = self.evaluate(greedy=True, name=f"eval_{when}_greedy")
-        row = {"iteration": self.iteration, "phase": when, **self._evaluation_row(sampled)}
-        log.write_evaluation(row | {"eval_return_greedy": greedy.return_mean})
+        row = self._evaluation_row(sampled) | {"eval_return_greedy": greedy.return_mean}
+        if self.iteration == 0:
+            log.write({"iteration": 0, **row})
+        else:
+            log.amend_last(row)
         return sampled, greedy
 
     def _evaluation_row(self, evaluation: Evaluation) -> dict[str, Any]:
@@ -347,8 +352,6 @@ class Trainer:
             (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
         path = self.run_dir / "checkpoints" / f"step_{self.iteration}"
-        if path.exists():
-            shutil.rmtree(path)  # the same step, written again with its evaluation
         write_folder_atomically(path, write)
         prune(self.run_dir, self.config.keep_checkpoints)
 

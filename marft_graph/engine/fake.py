@@ -96,6 +96,7 @@ class FakeEngine:
         delay: seconds before an answer.
         context_length: prompt and completion tokens (bytes) that fit.
 
+    >>> from marft_graph.engine.base import SamplingSettings
     >>> engine = FakeEngine({"actor": "12"})
     >>> prompt = engine.codec("actor").render([])
     >>> request = GenerationRequest("actor", prompt, SamplingSettings())

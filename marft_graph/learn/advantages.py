@@ -2,16 +2,16 @@
 
 Pure functions of plain numbers; nothing here knows agents, models or episodes.
 
-For an episode with calls 0..N-1 in topological order, own rewards r_k, values V_k and outcome R: let
-S_i be call i and its descendants, P_i(k) the parents of k inside S_i, and Z_i the calls of S_i with
-no child in S_i. With r'_k = r_k + R/|Z_i| for k in Z_i, else r_k::
+For an episode with calls 0..N-1 in topological order, own rewards r_k, values V_k and outcome R:
+let S_i be call i and its descendants, P_i(k) the parents of k inside S_i, and Z_i the calls of S_i
+with no child in S_i. With r'_k = r_k + R/|Z_i| for k in Z_i, else r_k::
 
     delta_k = r'_k + gamma * sum over children c in S_i of V_c / |P_i(c)|  -  V_k
     e(i) = 1,   e(k) = gamma * lam * mean over p in P_i(k) of e(p)
     A_i  = sum over k in S_i of e(k) * delta_k,        return_i = A_i + V_i
 
-On a chain this is GAE (Schulman et al. 2016, arXiv 1506.02438) as MARFT (arXiv 2504.16129) applies it
-across agents. A recursion over children would count the sink of a diamond twice.
+On a chain this is GAE (Schulman et al. 2016, arXiv 1506.02438) as MARFT (arXiv 2504.16129) applies
+it across agents. A recursion over children would count the sink of a diamond twice.
 """
 
 from __future__ import annotations
@@ -147,9 +147,7 @@ def token_gae(
                 )
                 / len(parents_in[k])
             )
-            after += weight[k] * (
-                float(ended[k][0]) + decay_token ** (len(exact[k]) - 1) * bonus
-            )
+            after += weight[k] * (float(ended[k][0]) + decay_token ** (len(exact[k]) - 1) * bonus)
         delta = inner[i].clone()
         delta[-1] += last_delta + after
         advantage = _discounted_sum(delta, decay_token)
@@ -266,8 +264,8 @@ def _check(
         _check_one_axis("rewards", rewards)
     if not len(rewards) == len(values) == len(parents):
         raise ValueError(
-            f"{len(rewards)} rewards, {len(values)} values and {len(parents)} parent lists; give one "
-            "of each for every call"
+            f"{len(rewards)} rewards, {len(values)} values and {len(parents)} parent lists; give "
+            "one of each for every call"
         )
     for i, own in enumerate(parents):
         if any(not 0 <= parent < i for parent in own):

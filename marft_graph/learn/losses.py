@@ -1,7 +1,7 @@
 """Losses of one optimizer step, as pure functions of flat axes.
 
-N is the axis of ratios: action tokens at token level (MARFT-T), calls at action level (MARFT-A). Sums
-over micro-batches equal the loss of the whole batch, because every denominator is given.
+N is the axis of ratios: action tokens at token level (MARFT-T), calls at action level (MARFT-A).
+Sums over micro-batches equal the loss of the whole batch, because every denominator is given.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def action_logprobs(
     tensor([-2., -5.])
     """
     lengths_C = torch.tensor(offsets, device=logprobs_N.device).diff()
-    call_N = torch.repeat_interleave(torch.arange(len(lengths_C), device=logprobs_N.device), lengths_C)
+    call_N = torch.repeat_interleave(
+        torch.arange(len(lengths_C), device=logprobs_N.device), lengths_C
+    )
     sums_C = logprobs_N.new_zeros(len(lengths_C)).index_add(0, call_N, logprobs_N)
     if how == "sum":
         return sums_C

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 _POLL_SECONDS = 0.002
-_FOREIGN_SETTLE_SECONDS = 0.003
+_FOREIGN_SETTLE_SECONDS = 0.015
 _BUSY_LIMIT_SECONDS = 1.0
 
 

@@ -1,4 +1,4 @@
-"""Advantages on the call graph against hand arithmetic, textbook GAE and a brute-force token graph."""
+"""Advantages on the call graph: hand arithmetic, textbook GAE, a brute-force token graph."""
 
 from __future__ import annotations
 
@@ -79,9 +79,7 @@ def test_chain_by_hand() -> None:
 
 
 def test_diamond_by_hand() -> None:
-    advantages, _ = dag_gae(
-        [0, 1, 0, 0], [0.5, 0.2, 0.4, 0.6], DIAMOND, 1.0, gamma=0.9, lam=0.5
-    )
+    advantages, _ = dag_gae([0, 1, 0, 0], [0.5, 0.2, 0.4, 0.6], DIAMOND, 1.0, gamma=0.9, lam=0.5)
     # From the root: deltas 0.04, 1.07, -0.13, 0.4 (each middle call gets half of the sink's value)
     # with traces 1, 0.45, 0.45, 0.2025.
     assert advantages.tolist() == pytest.approx([0.544, 1.52, 0.32, 0.4])
@@ -121,9 +119,8 @@ def test_a_naive_recursion_over_children_counts_the_diamonds_sink_twice() -> Non
     assert advantages[0].item() == pytest.approx(1.0)
 
 
-@given(
-    st.lists(st.tuples(numbers, numbers), min_size=1, max_size=9), numbers, discounts, discounts
-)
+@settings(deadline=None)
+@given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=9), numbers, discounts, discounts)
 def test_on_a_chain_it_is_textbook_gae(
     steps: list[tuple[float, float]], outcome: float, gamma: float, lam: float
 ) -> None:
@@ -140,6 +137,7 @@ def test_on_a_chain_it_is_textbook_gae(
     assert advantages.tolist() == pytest.approx(expected[::-1], abs=1e-9)
 
 
+@settings(deadline=None)
 @given(st.data(), call_graphs(), numbers)
 def test_undiscounted_it_is_own_and_descendants_rewards_once_each(
     data: st.DataObject, parents: list[tuple[int, ...]], outcome: float
@@ -156,6 +154,7 @@ def test_undiscounted_it_is_own_and_descendants_rewards_once_each(
     assert call_returns(rewards, parents, outcome).tolist() == pytest.approx(sums, abs=1e-6)
 
 
+@settings(deadline=None)
 @given(st.data(), call_graphs(), numbers, discounts, discounts)
 def test_any_graph_follows_the_definition(
     data: st.DataObject,
@@ -194,8 +193,10 @@ def test_tokens_follow_the_definition_on_the_expanded_graph(
     for k, length in enumerate(lengths):
         for t in range(length):
             inside = t > 0
-            above = (first[k] + t - 1,) if inside else tuple(
-                first[p] + lengths[p] - 1 for p in parents[k]
+            above = (
+                (first[k] + t - 1,)
+                if inside
+                else tuple(first[p] + lengths[p] - 1 for p in parents[k])
             )
             vertex_parents.append(above)
             gammas.append(gamma_token if inside else gamma)
@@ -332,6 +333,7 @@ def test_group_advantages_need_a_group_for_each_return() -> None:
         group_advantages(torch.zeros(2), ["a"], scale=False)
 
 
+@settings(deadline=None)
 @given(st.lists(numbers, min_size=2, max_size=20))
 def test_normalized_advantages_are_centred(values: list[float]) -> None:
     given_values = torch.tensor(values, dtype=torch.float64)

@@ -236,7 +236,7 @@ def test_inputs_that_raise_name_the_example(engine):
 
 
 def test_a_graph_that_is_not_compiled_is_refused(engine):
-    with pytest.raises(GraphError, match="call .compile"):
+    with pytest.raises(GraphError, match=r"call \.compile"):
         run_episodes(StateGraph(State), examples(1), engine=engine)
 
 

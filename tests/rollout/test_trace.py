@@ -25,8 +25,8 @@ def say(text):
     return model.invoke(text).content
 
 
-def run(graph, value=None, script="x", **settings):
-    engine = FakeEngine(script)
+def run(graph, value=None, script="x", delay=0.0, **settings):
+    engine = FakeEngine(script, delay=delay)
     try:
         (episode,) = run_episodes(graph, [value or {"q": "1"}], engine=engine, **settings)
     finally:
@@ -326,7 +326,7 @@ def test_a_batch_of_calls_are_siblings():
         return {"a": str(len(threaded.batch(["x", "y", "z"])))}
 
     graph = build([("a", batched, State)], [(START, "a")])
-    assert parents(run(graph)) == [("a", ())] * 3
+    assert parents(run(graph, delay=0.1)) == [("a", ())] * 3
 
 
 def test_the_calls_of_a_failed_attempt_are_no_part_of_the_episode():

@@ -1,0 +1,80 @@
+"""Train the agents of a LangGraph app with multi-agent reinforcement learning.
+
+    from marft_graph import Trainer, TrainConfig
+
+    trainer = Trainer(graph, train_dataset=examples, reward=reward, config=TrainConfig(base_model=...))
+    trainer.train()
+    trainer.export("adapters")
+
+`bind(graph, "adapters")` is the app again, answered by its trained adapters.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BoundGraph",
+    "Call",
+    "Engine",
+    "Episode",
+    "Evaluation",
+    "FakeEngine",
+    "FlexMG",
+    "LocalEngine",
+    "MarftError",
+    "Reward",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "bind",
+    "compile_graph",
+    "run_episodes",
+]
+
+_HOMES = {
+    "BoundGraph": "deploy.bind",
+    "Call": "episode",
+    "Engine": "engine.base",
+    "Episode": "episode",
+    "Evaluation": "trainer",
+    "FakeEngine": "engine.fake",
+    "FlexMG": "graph.flex_mg",
+    "LocalEngine": "engine.local",
+    "MarftError": "errors",
+    "Reward": "episode",
+    "TrainConfig": "config",
+    "TrainResult": "trainer",
+    "Trainer": "trainer",
+    "bind": "deploy.bind",
+    "compile_graph": "graph.compile",
+    "run_episodes": "rollout.runner",
+}
+
+if TYPE_CHECKING:
+    from marft_graph.config import TrainConfig
+    from marft_graph.deploy.bind import BoundGraph, bind
+    from marft_graph.engine.base import Engine
+    from marft_graph.engine.fake import FakeEngine
+    from marft_graph.engine.local import LocalEngine
+    from marft_graph.episode import Call, Episode, Reward
+    from marft_graph.errors import MarftError
+    from marft_graph.graph.compile import compile_graph
+    from marft_graph.graph.flex_mg import FlexMG
+    from marft_graph.rollout.runner import run_episodes
+    from marft_graph.trainer import Evaluation, Trainer, TrainResult
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used: `marft-graph --help` must not load torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'marft_graph' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f"marft_graph.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

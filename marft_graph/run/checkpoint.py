@@ -1,0 +1,193 @@
+"""Folders that are either whole or not there: written beside, fsynced, renamed, checkable.
+
+Owns `checkpoints/step_N` of a run as a set of files with a manifest. What the files mean (adapters,
+optimizer moments) is the trainer's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from marft_graph.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_STEP = re.compile(r"step_(\d+)")
+_LEFTOVER = re.compile(r"step_\d+\.(tmp|old)")
+
+
+def write_folder_atomically(path: str | Path, writer: Callable[[Path], None]) -> Path:
+    """Make the folder `path` from what `writer` writes into the folder it is given.
+
+    The files are written to `NAME.tmp` beside it, listed with size and sha256 in `manifest.json`,
+    fsynced and renamed; a process killed at any moment leaves the old folder, the new one or none,
+    never a part. A folder that exists is replaced once the new one is complete.
+
+    Raises:
+        CheckpointError: the disk is full or the folder not writable; nothing is left behind.
+            Whatever `writer` raises passes through, likewise.
+    """
+    target = Path(path)
+    staging, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
+    try:
+        for leftover in (staging, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        staging.mkdir(parents=True)
+        writer(staging)
+        _write_manifest(staging)
+        for entry in [*staging.rglob("*"), staging]:
+            _fsync(entry)
+        if target.exists():
+            target.rename(old)
+        staging.rename(target)
+        _fsync(target.parent)
+        if old.exists():
+            shutil.rmtree(old)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise CheckpointError(f"cannot write {target}: {error}") from error
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return target
+
+
+def verify(path: str | Path) -> None:
+    """Check every file of a folder against its manifest.
+
+    Raises:
+        CheckpointError: names the first file that is missing, changed or not in the manifest.
+    """
+    folder = Path(path)
+    listed = _read_manifest(folder)
+    for name, entry in listed.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{folder} is incomplete: {name} is missing")
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            raise CheckpointError(
+                f"{folder} is damaged: {name} has {size} bytes, the manifest says {entry['bytes']}"
+            )
+        if _digest(file) != entry["sha256"]:
+            raise CheckpointError(
+                f"{folder} is damaged: the content of {name} differs from what was written"
+            )
+    for name in _files(folder):
+        if name not in listed:
+            raise CheckpointError(f"{folder} is damaged: {name} is not in its manifest")
+
+
+def latest_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest `checkpoints/step_N` that verifies, or None; damaged ones are logged by name."""
+    for path in _newest_first(Path(run_dir)):
+        if _intact(path):
+            return path
+    return None
+
+
+def prune(run_dir: str | Path, keep: int) -> None:
+    """Delete all checkpoints older than the `keep`-th newest intact one.
+
+    Damaged ones do not count: one that cannot be read never pushes out one that can.
+
+    Raises:
+        ValueError: `keep` is below 1.
+        CheckpointError: a folder cannot be deleted.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}; at least 1 checkpoint must stay")
+    kept = 0
+    try:
+        for path in _newest_first(Path(run_dir)):
+            if kept == keep:
+                shutil.rmtree(path)
+            elif _intact(path):
+                kept += 1
+        for path in _entries(Path(run_dir)):
+            if _LEFTOVER.fullmatch(path.name):  # of a process that was killed while writing
+                shutil.rmtree(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot delete old checkpoints: {error}") from error
+
+
+def _intact(path: Path) -> bool:
+    try:
+        verify(path)
+    except CheckpointError as error:
+        logger.warning("skipping a checkpoint: %s", error)
+        return False
+    return True
+
+
+def _entries(run_dir: Path) -> list[Path]:
+    folder = run_dir / "checkpoints"
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _newest_first(run_dir: Path) -> list[Path]:
+    steps = {
+        path: int(match[1])
+        for path in _entries(run_dir)
+        if path.is_dir() and (match := _STEP.fullmatch(path.name))
+    }
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
+        for name in _files(folder)
+    }
+    text = json.dumps({"format": _FORMAT, "files": files}, indent=2, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT:
+            raise CheckpointError(
+                f"{path} has format {manifest['format']!r}; this version reads {_FORMAT}"
+            )
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        if not all(set(entry) == {"bytes", "sha256"} for entry in files.values()):
+            raise CheckpointError(f"{path} is damaged: each file needs bytes and sha256")
+    except OSError as error:
+        raise CheckpointError(f"{folder} has no readable {MANIFEST}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    return files
+
+
+def _files(folder: Path) -> list[str]:
+    """Relative names of all files but the manifest itself, sorted."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    if os.name != "posix" and path.is_dir():
+        return  # only POSIX systems can open a folder
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

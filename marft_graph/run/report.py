@@ -1,0 +1,248 @@
+"""report.html: one offline file that says whether a run made the app better, and shows how.
+
+Reads a run folder and nothing else. All text that a model or a user wrote is escaped.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import random
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from marft_graph.episode import Episode
+from marft_graph.graph.draw import to_svg
+from marft_graph.graph.flex_mg import FlexMG
+from marft_graph.run.curves import Curve, line_chart
+from marft_graph.run.tracking import read_metrics
+from marft_graph.run.trajectories import read_traces
+
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1f2937;--soft:#6b7280;--line:#e5e7eb;--card:#f9fafb;--good:#15803d}
+@media (prefers-color-scheme:dark){:root{--ink:#f3f4f6;--soft:#9ca3af;--line:#374151;--card:#1f2937;--good:#4ade80}
+body{background:#111827}}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);max-width:68rem;margin:0 auto;padding:1rem}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}
+.big{font-size:1.3rem}.soft{color:var(--soft)}.good{color:var(--good)}
+table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}
+.wide{overflow-x:auto}.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr));gap:1rem}
+.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .9rem}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0 .6rem;font-size:.85rem;max-height:16rem;overflow-y:auto}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr));gap:1rem}svg{max-width:100%;height:auto}
+"""
+_SHOWN_TEXT = 4000
+_SAMPLES = 4
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into a run folder; its path."""
+    rows = read_metrics(run_dir)
+    flex_mg = FlexMG.from_dict(json.loads((run_dir / "graph.json").read_text(encoding="utf-8")))
+    before, after = (
+        _traces(run_dir / "traces" / f"eval_{when}.parquet") for when in ("before", "after")
+    )
+    parts = [
+        f"<h1>{html.escape(run_dir.resolve().name)}</h1>",
+        _headline(rows, before, after),
+        "<h2>Dependency graph</h2>",
+        f'<div class="wide">{to_svg(flex_mg)}</div>',
+        '<p class="soft">Boxes are agents, grey boxes environment nodes. Black arrows say what runs '
+        "next (dashed: on a condition), orange arcs whose output an agent may observe.</p>",
+        _curves(rows, flex_mg),
+        _spending(rows),
+        _failures(rows),
+        _samples(before, after),
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<link rel="icon" href="data:,">'
+        f"<title>{html.escape(run_dir.resolve().name)}: marft-graph report</title>"
+        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+    path = run_dir / "report.html"
+    beside = path.with_suffix(".writing")
+    beside.write_text(page, encoding="utf-8", errors="backslashreplace")
+    beside.replace(path)
+    return path
+
+
+def _headline(
+    rows: Sequence[Mapping[str, Any]], before: Sequence[Episode], after: Sequence[Episode]
+) -> str:
+    """Held-out return before and after, and whether the difference is more than noise."""
+    evaluated = [row for row in rows if row.get("eval_return") is not None]
+    if len(evaluated) < 2:
+        done = rows[-1]["iteration"] if rows else 0
+        return f"<p>{done} iterations; no two evaluations to compare yet.</p>"
+    first, last = evaluated[0], evaluated[-1]
+    lines = [
+        f'<p class="big">Held-out return {first["eval_return"]:.3f} → '
+        f"<b>{last['eval_return']:.3f}</b> sampled"
+    ]
+    if "eval_return_greedy" in first and "eval_return_greedy" in last:
+        lines.append(
+            f", {first['eval_return_greedy']:.3f} → <b>{last['eval_return_greedy']:.3f}</b> greedy"
+        )
+    lines.append(f'</p><p class="soft">{last["iteration"]} iterations')
+    differences = _paired(before, after)
+    if differences:
+        low, high = bootstrap_interval(differences)
+        lines.append(
+            f", {len(differences)} held-out examples; difference "
+            f"{statistics.fmean(differences):+.3f}, 95 % interval {low:+.3f} to {high:+.3f}: "
+            f"<b>{verdict(low, high)}</b>"
+        )
+    return "".join(lines) + ".</p>"
+
+
+def bootstrap_interval(
+    differences: Sequence[float], resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of paired differences.
+
+    >>> bootstrap_interval([1.0, 1.0, 1.0])
+    (1.0, 1.0)
+    """
+    rng = random.Random(seed)
+    count = len(differences)
+    means = sorted(statistics.fmean(rng.choices(differences, k=count)) for _ in range(resamples))
+    return means[int(0.025 * resamples)], means[int(0.975 * resamples) - 1]
+
+
+def verdict(low: float, high: float) -> str:
+    """An interval of a difference in a word."""
+    if low > 0:
+        return "better"
+    return "worse" if high < 0 else "no certain difference"
+
+
+def _paired(before: Sequence[Episode], after: Sequence[Episode]) -> list[float]:
+    old = {e.example_index: e.total_reward for e in before if e.ok}
+    return [e.total_reward - old[e.example_index] for e in after if e.ok and e.example_index in old]
+
+
+def _curves(rows: Sequence[Mapping[str, Any]], flex_mg: FlexMG) -> str:
+    trained = [row for row in rows if row.get("agents")]
+    evaluated = [row for row in rows if row.get("eval_return") is not None]
+    charts = [
+        line_chart(
+            "Return",
+            [
+                Curve("training", _points(trained, "return_mean")),
+                Curve("held-out", _points(evaluated, "eval_return")),
+            ],
+        )
+    ]
+    agents = sorted({agent for row in trained for agent in row["agents"]})
+    for name, title in (
+        ("kl", "KL to the base (nats per token)"),
+        ("entropy", "Entropy (nats per token)"),
+        ("clip_fraction", "Clipped ratios"),
+        ("loss_policy", "Policy loss"),
+        ("return_mean", "Return of the agent's calls"),
+    ):
+        curves = [
+            Curve(
+                agent,
+                [
+                    (row["iteration"], row["agents"][agent][name])
+                    for row in trained
+                    if isinstance(row["agents"].get(agent, {}).get(name), int | float)
+                ],
+            )
+            for agent in agents
+        ]
+        charts.append(line_chart(title, curves))
+    figures = "".join(f"<figure>{chart}</figure>" for chart in charts if chart)
+    return f'<h2>Learning curves</h2><div class="charts">{figures}</div>' if figures else ""
+
+
+def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(row["iteration"], row[name]) for row in rows if isinstance(row[name], int | float)]
+
+
+def _spending(rows: Sequence[Mapping[str, Any]]) -> str:
+    trained = [row for row in rows if "seconds_rollout" in row]
+    if not trained:
+        return ""
+    rollout = sum(row["seconds_rollout"] for row in trained)
+    update = sum(row["seconds_update"] for row in trained)
+    tokens = sum(row["tokens_sampled"] for row in trained)
+    episodes = sum(row["episodes"] for row in trained)
+    return (
+        "<h2>Time and tokens</h2><table>"
+        f"<tr><th>episodes</th><td>{episodes}</td></tr>"
+        f"<tr><th>tokens sampled</th><td>{tokens}</td></tr>"
+        f"<tr><th>rollout</th><td>{rollout:.1f} s, {tokens / max(rollout, 1e-9):.0f} tokens/s</td></tr>"
+        f"<tr><th>update</th><td>{update:.1f} s</td></tr></table>"
+    )
+
+
+def _failures(rows: Sequence[Mapping[str, Any]]) -> str:
+    reasons: Counter[str] = Counter()
+    for row in rows:
+        reasons.update(row.get("failed_by_reason") or {})
+    if not reasons:
+        return "<h2>Failures</h2><p>No training episode failed.</p>"
+    lines = "".join(
+        f"<tr><td>{html.escape(reason)}</td><td>{count}</td></tr>"
+        for reason, count in reasons.most_common()
+    )
+    return (
+        "<h2>Failures</h2><p>Failed episodes are dropped, never trained on.</p>"
+        f"<table><tr><th>reason</th><th>episodes</th></tr>{lines}</table>"
+    )
+
+
+def _samples(before: Sequence[Episode], after: Sequence[Episode]) -> str:
+    """The same examples before and after, those that changed most first."""
+    old = {episode.example_index: episode for episode in before}
+    pairs = [(old[e.example_index], e) for e in after if e.example_index in old]
+    pairs.sort(key=lambda pair: pair[0].total_reward - pair[1].total_reward)
+    chosen = pairs[: _SAMPLES - 1] + pairs[-1:] if len(pairs) >= _SAMPLES else pairs
+    if not chosen:
+        return ""
+    shown = "".join(
+        f'<div class="pair">{_episode(a, "before")}{_episode(b, "after")}</div><br>'
+        for a, b in chosen
+    )
+    return f"<h2>Sample episodes, before and after</h2>{shown}"
+
+
+def _episode(episode: Episode, when: str) -> str:
+    calls = "".join(
+        f"<div><b>{html.escape(call.node)}</b><pre>{_text(_last_words(call.messages))}</pre></div>"
+        for call in episode.calls
+    )
+    outcome = f"return {episode.total_reward:.2f}" if episode.ok else html.escape(episode.status)
+    example = _text(json.dumps(dict(episode.example), ensure_ascii=False))
+    return (
+        f'<div class="card"><span class="soft">{when}, {outcome}</span>'
+        f"<pre>{example}</pre>{calls}</div>"
+    )
+
+
+def _last_words(messages: Sequence[Mapping[str, Any]]) -> str:
+    if not messages:
+        return ""
+    answer = messages[-1]
+    tools = "".join(f"\n{call}" for call in answer.get("tool_calls", ()))
+    return f"{answer.get('content', '')}{tools}"
+
+
+def _text(text: str) -> str:
+    """Text as HTML: escaped, control characters made visible, very long text cut."""
+    cut = text if len(text) <= _SHOWN_TEXT else f"{text[:_SHOWN_TEXT]} … ({len(text)} characters)"
+    visible = "".join(
+        char if char in "\n\t" or char.isprintable() else f"\\x{ord(char):02x}" for char in cut
+    )
+    return html.escape(visible)
+
+
+def _traces(path: Path) -> list[Episode]:
+    return read_traces(path) if path.exists() else []

@@ -1,0 +1,196 @@
+"""What a run tells while it goes on: `metrics.jsonl`, and the progress on the terminal.
+
+A row is a plain mapping with an `iteration`; which figures it has is the trainer's business. No
+tracking service is ever contacted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from marft_graph.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """`metrics.jsonl` of a run folder: one JSON object for each iteration.
+
+    Rows are strict JSON: a figure that is not finite is written as null, and the row's
+    `non_finite` says which it was (`{"agents.actor.loss_policy": "nan"}`).
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        """Opens the log of a run; a line that an earlier process left unfinished is dropped."""
+        self._path = Path(run_dir) / METRICS
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.is_file() and not self._path.read_bytes().endswith(b"\n"):
+            self._rewrite(read_metrics(run_dir))
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one iteration's row, on disk when this returns."""
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(_line(row))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def write_evaluation(self, row: Mapping[str, Any]) -> None:
+        """Add an evaluation to the row of its iteration; without one it is a row of its own."""
+        rows = read_metrics(self._path.parent)
+        for known in rows:
+            if known["iteration"] == row["iteration"]:
+                known.update(row)
+                self._rewrite(rows)
+                return
+        self.write(row)
+
+    def truncate(self, iteration: int) -> None:
+        """Drop the rows after `iteration`, as a run does that continues from an older state."""
+        rows = read_metrics(self._path.parent)
+        self._rewrite(row for row in rows if row["iteration"] <= iteration)
+
+    def _rewrite(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        staging = self._path.with_name(METRICS + ".tmp")
+        with staging.open("w", encoding="utf-8") as stream:
+            stream.writelines(_line(row) for row in rows)
+            stream.flush()
+            os.fsync(stream.fileno())
+        staging.replace(self._path)
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl` in their order; none where there is no such file.
+
+    An unfinished last line, as a killed process leaves it, is logged and left out.
+
+    Raises:
+        CheckpointError: another line is no row; the message has its number.
+    """
+    path = Path(run_dir) / METRICS
+    if not path.is_file():
+        return []
+    *lines, tail = path.read_bytes().split(b"\n")
+    rows = [_row(line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]
+    if tail:
+        logger.warning("%s: the last line is unfinished and left out", path)
+    return rows
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise CheckpointError(f"{where} is damaged: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
+        raise CheckpointError(f"{where} is no row of metrics: it has no iteration")
+    return row
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    if not isinstance(row.get("iteration"), int):
+        raise ValueError(f"a row of metrics needs a whole number `iteration`; got {row!r}")
+    non_finite: dict[str, str] = {}
+    plain = _finite(row, "", non_finite)
+    if non_finite:
+        plain["non_finite"] = {**plain.get("non_finite", {}), **non_finite}
+    return json.dumps(plain, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def _finite(value: Any, name: str, non_finite: dict[str, str]) -> Any:
+    """The value with null for what is not finite; `non_finite` gets the dotted names of those."""
+    if isinstance(value, Mapping):
+        prefix = f"{name}." if name else ""
+        return {key: _finite(item, f"{prefix}{key}", non_finite) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        non_finite[name] = str(value)
+        return None
+    return value
+
+
+class TrainingProgress:
+    """Progress of a training run on stderr: a bar on a terminal, elsewhere a line every 10 %.
+
+    A context manager; `update` takes the row of each finished iteration.
+    """
+
+    def __init__(
+        self, iterations: int, *, enabled: bool = True, console: Console | None = None
+    ) -> None:
+        self._iterations = iterations
+        self._console = console or Console(stderr=True)
+        self._enabled = enabled and iterations > 0
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._updates = 0
+        self._since = 0.0
+        self._tenths_shown = 0
+
+    def __enter__(self) -> Self:
+        if self._enabled and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}", markup=False),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("", total=self._iterations, figures="starting")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        """Show an iteration's return, mean KL of the agents, tokens/s and the time left."""
+        if not self._enabled:
+            return
+        if self._updates == 0:
+            # The run may have been continued, or have begun with an evaluation: time is counted
+            # from the start of the first iteration that is shown here.
+            self._since = time.monotonic() - row["seconds_rollout"] - row["seconds_update"]
+        self._updates += 1
+        done = row["iteration"]
+        per_iteration = (time.monotonic() - self._since) / self._updates
+        figures = f"{_figures(row)}  {_clock(per_iteration * (self._iterations - done))} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, figures=figures)
+            return
+        tenths = 10 * done // self._iterations
+        if tenths > self._tenths_shown or self._updates == 1:
+            self._tenths_shown = tenths
+            line = f"iteration {done}/{self._iterations}  {figures}"
+            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _figures(row: Mapping[str, Any]) -> str:
+    kls = [s["kl"] for s in row.get("agents", {}).values() if s.get("kl") is not None]
+    kl = "-" if not kls else f"{sum(kls) / len(kls):.4f}"
+    mean = "-" if row.get("return_mean") is None else f"{row['return_mean']:.3f}"
+    speed = row["tokens_sampled"] / max(row["seconds_rollout"], 1e-9)
+    return f"return {mean}  KL {kl}  {speed:,.0f} tokens/s"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,152 @@
+"""The commands on a real workflow with a tiny random model: train, eval, export, resume, refuse."""
+
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from marft_graph.cli import main
+from marft_graph.run.tracking import read_metrics
+from tests.support import save_random_model
+
+GRAPH = """
+from typing import TypedDict
+
+from langchain_core.language_models import FakeListChatModel
+from langgraph.graph import END, START, StateGraph
+
+
+class State(TypedDict):
+    question: str
+    answer: str
+
+
+model = FakeListChatModel(responses=["never asked in training"])
+
+
+def writer(state: State) -> dict:
+    return {"answer": model.invoke(state["question"]).text}
+
+
+builder = StateGraph(State)
+builder.add_node("writer", writer)
+builder.add_edge(START, "writer")
+builder.add_edge("writer", END)
+graph = builder.compile()
+"""
+TASK = """
+def load_data(dataset="letters"):
+    rows = [{"question": c} for c in "abcdefgh"]
+    return rows, rows[:4]
+
+
+def reward(example, state):
+    return len(state["answer"]) / 10
+"""
+CONFIG = """
+base_model: base
+iterations: 2
+examples_per_iteration: 2
+group_size: 2
+max_new_tokens: 4
+advantage: group
+eval_every: 0
+"""
+
+
+def marft(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def workflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("letters")
+    for name, text in {"graph.py": GRAPH, "task.py": TASK, "config.yaml": CONFIG}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    save_random_model(folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(workflow: Path) -> tuple[Path, str]:
+    """A finished run and what `train` printed."""
+    folder = workflow / "run"
+    result = marft("train", workflow, "--run-dir", folder)
+    assert result.exit_code == 0, result.output
+    return folder, result.output
+
+
+def test_train_writes_the_run_and_says_where(run):
+    folder, printed = run
+    for name in ("config.yaml", "graph.json", "metrics.jsonl", "report.html", "export"):
+        assert (folder / name).exists(), name
+    assert str(folder / "report.html") in printed
+    assert f"bind(graph, '{folder / 'export'}')" in printed
+
+
+def test_eval_reproduces_what_train_printed(workflow, run):
+    folder, printed = run
+    shown = marft("eval", workflow, "--adapters", folder / "export")
+    assert shown.exit_code == 0, shown.output
+    for name in ("sampled", "greedy"):
+        trained = re.search(rf"^  {name} .* (\S+ ± \S+)$", printed, re.MULTILINE)
+        evaluated = re.search(
+            rf"^held-out return, {name}: (\S+ ± \S+), 4", shown.output, re.MULTILINE
+        )
+        assert trained[1] == evaluated[1]
+
+
+def test_eval_takes_one_decoding_and_fewer_examples(workflow, run):
+    shown = marft("eval", workflow, "--adapters", run[0] / "export", "--greedy", "--examples", 2)
+    assert shown.output.startswith("held-out return, greedy: ")
+    assert shown.output.endswith("2 examples\n")
+    assert shown.output.count("\n") == 1
+
+
+def test_eval_of_a_folder_that_is_no_export_says_so(workflow, tmp_path):
+    shown = marft("eval", workflow, "--adapters", tmp_path)
+    assert shown.exit_code == 1
+    assert "no export folder" in shown.stderr
+
+
+def test_export_writes_a_new_folder_and_refuses_a_used_one(run, tmp_path):
+    first = marft("export", run[0], tmp_path / "out")
+    assert first.exit_code == 0, first.output
+    assert (tmp_path / "out" / "manifest.json").is_file()
+    again = marft("export", run[0], tmp_path / "out")
+    assert again.exit_code == 1
+    assert "not empty" in again.stderr
+
+
+def test_a_used_run_folder_is_refused_and_left_alone(workflow, run):
+    before = sorted(path.stat().st_mtime_ns for path in run[0].rglob("*"))
+    result = marft("train", workflow, "--run-dir", run[0])
+    assert result.exit_code == 1
+    assert "--resume" in result.stderr
+    assert sorted(path.stat().st_mtime_ns for path in run[0].rglob("*")) == before
+
+
+def test_resume_continues_with_the_runs_settings(workflow, tmp_path):
+    folder = tmp_path / "run"
+    assert marft("train", workflow, "--run-dir", folder, "--seed", 3).exit_code == 0
+    result = marft("train", workflow, "--run-dir", folder, "--resume", "--iterations", 3)
+    assert result.exit_code == 0, result.output
+    iterations = [row["iteration"] for row in read_metrics(folder) if row["iteration"] > 0]
+    assert iterations == [1, 2, 3]
+    assert "seed: 3" in (folder / "config.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--base-model", "./no/such/model"), "no/such/model"),
+        (("--nodes", "nobody"), "nobody"),
+        (("--lora-targets", "no_such_layer"), "lora_targets"),
+    ],
+)
+def test_wrong_input_is_named_before_anything_is_written(workflow, tmp_path, options, message):
+    result = marft("train", workflow, "--run-dir", tmp_path / "run", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "run").exists()
