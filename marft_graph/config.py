@@ -58,7 +58,9 @@ class TrainConfig:
     """
 
     # Models
-    base_model: str = setting("", "hub id or local folder of the frozen causal LM under all adapters")
+    base_model: str = setting(
+        "", "hub id or local folder of the frozen causal LM under all adapters"
+    )
     device: str = setting("auto", "torch device of the base model; auto lets accelerate choose")
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
         "float32", "precision of the frozen base; adapters are always float32"
@@ -66,7 +68,9 @@ class TrainConfig:
     trust_remote_code: bool = setting(
         False, "run Python code that comes with the base model from the hub"
     )
-    nodes: tuple[str, ...] = setting((), "nodes to train, as `inspect` names them; none: every agent")
+    nodes: tuple[str, ...] = setting(
+        (), "nodes to train, as `inspect` names them; none: every agent"
+    )
     lora_rank: int = setting(16, "rank of each node's LoRA adapter", at_least=1)
     lora_alpha: float = setting(32.0, "LoRA scale: updates are multiplied by alpha / rank", above=0)
     lora_targets: tuple[str, ...] = setting(
@@ -84,7 +88,9 @@ class TrainConfig:
         256, "most tokens of a completion, where the app sets no limit", unit="tokens", at_least=1
     )
     concurrency: int = setting(256, "episodes that run at once", at_least=1)
-    max_batch_size: int = setting(256, "completions that the local engine decodes at once", at_least=1)
+    max_batch_size: int = setting(
+        256, "completions that the local engine decodes at once", at_least=1
+    )
     episode_timeout: float = setting(600.0, "deadline of one episode", unit="seconds", above=0)
     reward_timeout: float = setting(60.0, "deadline of one reward call", unit="seconds", above=0)
     max_failed_share: float = setting(
@@ -98,18 +104,23 @@ class TrainConfig:
     advantage: Literal["gae", "group"] = setting(
         "gae", "credit: GAE on the call graph with a critic, or relative to the example's group"
     )
-    gamma: float = setting(1.0, "discount from a call to the calls that depend on it", at_least=0, at_most=1)
+    gamma: float = setting(
+        1.0, "discount from a call to the calls that depend on it", at_least=0, at_most=1
+    )
     lam: float = setting(0.95, "GAE lambda across calls", at_least=0, at_most=1)
     gamma_token: float = setting(1.0, "discount between tokens of a call", at_least=0, at_most=1)
     lam_token: float = setting(1.0, "GAE lambda between tokens of a call", at_least=0, at_most=1)
     normalize_advantages: bool = setting(
-        True, "scale each agent's advantages to mean 0 and deviation 1 (gae), or by the group's deviation (group)"
+        True,
+        "scale each agent's advantages to mean 0 and deviation 1 (gae), or by the group's deviation (group)",
     )
     group_by: Literal["example", "call"] = setting(
-        "call", "group baseline over an example's episodes, or over the same call (node, turn) of them"
+        "call",
+        "group baseline over an example's episodes, or over the same call (node, turn) of them",
     )
     action_logprob: Literal["sum", "token", "word"] = setting(
-        "token", "action level: how an action's log-prob is scaled (not, by its tokens, by its words)"
+        "token",
+        "action level: how an action's log-prob is scaled (not, by its tokens, by its words)",
     )
     learning_rate: float = setting(1e-4, "AdamW step of the adapters", above=0)
     critic_learning_rate: float = setting(1e-3, "AdamW step of the value heads", above=0)
@@ -123,27 +134,40 @@ class TrainConfig:
     epochs: int = setting(1, "passes over an iteration's calls", at_least=1)
     minibatches: int = setting(1, "optimizer steps in a pass", at_least=1)
     microbatch_tokens: int = setting(
-        16384, "padded tokens in one forward pass of the update; bounds its memory", unit="tokens", at_least=1
+        16384,
+        "padded tokens in one forward pass of the update; bounds its memory",
+        unit="tokens",
+        at_least=1,
     )
     clip_ratio: float = setting(0.2, "PPO clip range of the ratio: 1 - c to 1 + c", above=0)
     clip_ratio_high: float | None = setting(
         None, "upper clip range where it differs from the lower one", above=0
     )
-    value_clip: float | None = setting(0.2, "PPO clip range of the value; none: not clipped", above=0)
+    value_clip: float | None = setting(
+        0.2, "PPO clip range of the value; none: not clipped", above=0
+    )
     value_loss: Literal["huber", "mse"] = setting("huber", "loss of the value heads")
     entropy_coef: float = setting(0.0, "weight of the entropy bonus", at_least=0)
     kl_coef: float = setting(0.0, "weight of the KL to the base model", at_least=0)
-    kl_in: Literal["loss", "reward"] = setting("loss", "whether the KL is a loss term or part of the reward")
+    kl_in: Literal["loss", "reward"] = setting(
+        "loss", "whether the KL is a loss term or part of the reward"
+    )
     target_kl: float | None = setting(
-        None, "skip an agent's further epochs once its KL to the sampling policy passes this", above=0
+        None,
+        "skip an agent's further epochs once its KL to the sampling policy passes this",
+        above=0,
     )
     max_grad_norm: float = setting(1.0, "gradient clipping, per agent", above=0)
 
     # Run
     seed: int = setting(0, "seed of data order, sampling and initial adapters", at_least=0)
-    eval_every: int = setting(20, "iterations between evaluations; 0: only before and after", at_least=0)
+    eval_every: int = setting(
+        20, "iterations between evaluations; 0: only before and after", at_least=0
+    )
     eval_examples: int = setting(256, "held-out examples in an evaluation; 0: all", at_least=0)
-    checkpoint_every: int = setting(20, "iterations between checkpoints; 0: only at the end", at_least=0)
+    checkpoint_every: int = setting(
+        20, "iterations between checkpoints; 0: only at the end", at_least=0
+    )
     keep_checkpoints: int = setting(3, "newest checkpoints that stay on disk", at_least=1)
 
     def __post_init__(self) -> None:
@@ -166,7 +190,9 @@ class TrainConfig:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
-                raise ConfigError(f"unknown setting {name!r}{hint} (see `marft-graph train --help`)")
+                raise ConfigError(
+                    f"unknown setting {name!r}{hint} (see `marft-graph train --help`)"
+                )
         return cls(**values)
 
     @classmethod

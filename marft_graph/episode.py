@@ -80,9 +80,7 @@ class Reward:
         for name, value in {"outcome": self.outcome, **self.nodes}.items():
             if isinstance(value, bool | int | float) and math.isfinite(value):
                 continue
-            raise RewardError(
-                f"reward for {name!r} is {value!r}; a reward is one finite number"
-            )
+            raise RewardError(f"reward for {name!r} is {value!r}; a reward is one finite number")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,6 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-import torch
 import yaml
 from langgraph.pregel import Pregel
 from safetensors.torch import load_file, save_file
@@ -121,7 +120,9 @@ class Trainer:
         resume: bool = False,
         extra_settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.config = config if isinstance(config, TrainConfig) else TrainConfig.from_mapping(config)
+        self.config = (
+            config if isinstance(config, TrainConfig) else TrainConfig.from_mapping(config)
+        )
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
         self.flex_mg = compile_graph(self.graph)
         self.nodes = resolve_nodes(self.flex_mg, self.config.nodes or self.flex_mg.agents)
@@ -166,9 +167,7 @@ class Trainer:
             RewardError: the reward function raised; the message has the example.
         """
         log = self._open_run_folder()
-        bar = TrainingProgress(
-            self.config.iterations, start=self.iteration, enabled=progress
-        )
+        bar = TrainingProgress(self.config.iterations, start=self.iteration, enabled=progress)
         with bar, self._stopping_on_interrupt():
             before = self._evaluate_both(log, "before") if self.iteration == 0 else (None, None)
             while self.iteration < self.config.iterations and not self._stop.is_set():
@@ -298,7 +297,9 @@ class Trainer:
 
     def _refuse_failures(self, episodes: Sequence[Episode]) -> None:
         failed = [episode for episode in episodes if not episode.ok]
-        if len(failed) <= self.config.max_failed_share * len(episodes) and len(failed) < len(episodes):
+        if len(failed) <= self.config.max_failed_share * len(episodes) and len(failed) < len(
+            episodes
+        ):
             return
         reasons = ", ".join(f"{reason} ({n}x)" for reason, n in _reasons(episodes).items())
         raise EpisodesFailedError(
@@ -317,11 +318,8 @@ class Trainer:
             return None, None
         sampled = self.evaluate(name=f"eval_{when}")
         greedy = self.evaluate(greedy=True, name=f"eval_{when}_greedy")
-        row = self._evaluation_row(sampled) | {"eval_return_greedy": greedy.return_mean}
-        if self.iteration == 0:
-            log.write({"iteration": 0, **row})
-        else:
-            log.amend_last(row)
+        row = {"iteration": self.iteration, **self._evaluation_row(sampled)}
+        log.write_evaluation(row | {"eval_return_greedy": greedy.return_mean})
         return sampled, greedy
 
     def _evaluation_row(self, evaluation: Evaluation) -> dict[str, Any]:
@@ -359,7 +357,9 @@ class Trainer:
         """Continue where the newest intact checkpoint stands; later metrics are dropped."""
         checkpoint = latest_checkpoint(self.run_dir)
         if checkpoint is None:
-            raise CheckpointError(f"{self.run_dir} has no checkpoint that verifies; nothing to resume")
+            raise CheckpointError(
+                f"{self.run_dir} has no checkpoint that verifies; nothing to resume"
+            )
         saved = read_yaml(self.run_dir / "config.yaml")
         changed = {
             name: (saved.get(name), value)
@@ -392,7 +392,9 @@ class Trainer:
             if self._stop.is_set():
                 raise KeyboardInterrupt
             self._stop.set()
-            logger.warning("finishing this iteration, then writing a checkpoint (Ctrl-C again: stop now)")
+            logger.warning(
+                "finishing this iteration, then writing a checkpoint (Ctrl-C again: stop now)"
+            )
 
         previous = signal.signal(signal.SIGINT, stop)
         try:

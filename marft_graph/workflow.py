@@ -47,7 +47,9 @@ def load_target(target: str) -> Workflow:
             return _load_folder(path)
         if (path / "langgraph.json").is_file():
             return _load_langgraph_json(path / "langgraph.json", "")
-        raise WorkflowError(f"{place} is no workflow folder: it has no graph.py and no langgraph.json")
+        raise WorkflowError(
+            f"{place} is no workflow folder: it has no graph.py and no langgraph.json"
+        )
     if not path.is_file():
         raise WorkflowError(
             f"{place} does not exist; give a workflow folder, file.py:variable or a langgraph.json"
@@ -120,7 +122,9 @@ def _load_langgraph_json(path: Path, name: str) -> Workflow:
     name = name or next(iter(entries))
     file, _, variable = entries[name].rpartition(":")
     if not file:
-        raise WorkflowError(f"{path}: graph {name!r} is {entries[name]!r}; it must be file.py:variable")
+        raise WorkflowError(
+            f"{path}: graph {name!r} is {entries[name]!r}; it must be file.py:variable"
+        )
     source = path.parent / file
     if not source.is_file():
         raise WorkflowError(f"{path}: graph {name!r} names {file}, which does not exist")

@@ -1,6 +1,10 @@
 """The commands on a real workflow with a tiny random model: train, eval, export, resume, refuse."""
 
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,7 +46,7 @@ def load_data(dataset="letters"):
 
 
 def reward(example, state):
-    return len(state["answer"]) / 10
+    return sum(map(ord, state["answer"])) % 7 / 7
 """
 CONFIG = """
 base_model: base
@@ -74,7 +78,7 @@ def run(workflow: Path) -> tuple[Path, str]:
     folder = workflow / "run"
     result = marft("train", workflow, "--run-dir", folder)
     assert result.exit_code == 0, result.output
-    return folder, result.output
+    return folder, result.stdout
 
 
 def test_train_writes_the_run_and_says_where(run):
@@ -92,16 +96,16 @@ def test_eval_reproduces_what_train_printed(workflow, run):
     for name in ("sampled", "greedy"):
         trained = re.search(rf"^  {name} .* (\S+ ± \S+)$", printed, re.MULTILINE)
         evaluated = re.search(
-            rf"^held-out return, {name}: (\S+ ± \S+), 4", shown.output, re.MULTILINE
+            rf"^held-out return, {name}: (\S+ ± \S+), 4", shown.stdout, re.MULTILINE
         )
         assert trained[1] == evaluated[1]
 
 
 def test_eval_takes_one_decoding_and_fewer_examples(workflow, run):
     shown = marft("eval", workflow, "--adapters", run[0] / "export", "--greedy", "--examples", 2)
-    assert shown.output.startswith("held-out return, greedy: ")
-    assert shown.output.endswith("2 examples\n")
-    assert shown.output.count("\n") == 1
+    assert shown.stdout.startswith("held-out return, greedy: ")
+    assert shown.stdout.endswith("2 examples\n")
+    assert shown.stdout.count("\n") == 1
 
 
 def test_eval_of_a_folder_that_is_no_export_says_so(workflow, tmp_path):
@@ -150,3 +154,24 @@ def test_wrong_input_is_named_before_anything_is_written(workflow, tmp_path, opt
     assert result.exit_code == 2
     assert message in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_ends_with_a_checkpoint_that_resumes(workflow, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", "from marft_graph.cli import main; main()", "train"]
+    command += [str(workflow), "--run-dir", str(folder), "--iterations", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while len(read_metrics(folder)) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130, printed.decode()
+    assert b"Traceback" not in printed
+    done = read_metrics(folder)[-1]["iteration"]
+    assert (folder / "checkpoints" / f"step_{done}").is_dir()
+    result = marft("train", workflow, "--run-dir", folder, "--resume", "--iterations", done + 1)
+    assert result.exit_code == 0, result.output
+    assert read_metrics(folder)[-1]["iteration"] == done + 1

@@ -119,7 +119,9 @@ def read_manifest(export_dir: str | Path) -> Manifest:
             **{name: raw[name] for name in Manifest.__dataclass_fields__}  # no defaults: all needed
         )
     except OSError as error:
-        raise ExportError(f"{folder} is no export folder: cannot read {path.name}: {error}") from error
+        raise ExportError(
+            f"{folder} is no export folder: cannot read {path.name}: {error}"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{path} is no manifest of an export: {error!r}") from error
     for name, digest in manifest.sha256.items():

@@ -187,12 +187,16 @@ class LocalEngine:
         prompts = [ids for _, ids in distinct]
         longest = max(map(len, prompts))
         device = self._policy.device
-        ids_UT = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in prompts], device=device)
+        ids_UT = torch.tensor(
+            [[*ids, *[0] * (longest - len(ids))] for ids in prompts], device=device
+        )
         last_U = torch.tensor([len(ids) - 1 for ids in prompts], device=device)
         prefilled = DynamicCache(config=self._policy.config)
         with self._policy.using_rows([agent for agent, _ in distinct]):
             hidden = self._policy.hidden(ids_UT, past_key_values=prefilled, use_cache=True)
-            logits_UV = self._policy.logits(hidden[torch.arange(len(prompts), device=device), last_U])
+            logits_UV = self._policy.logits(
+                hidden[torch.arange(len(prompts), device=device), last_U]
+            )
         source = [distinct[row.request.agent, row.request.prompt_ids] for row in rows]
         self._cache.insert(len(self._rows), prefilled, source)
         self._rows += rows

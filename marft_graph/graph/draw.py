@@ -52,7 +52,9 @@ def warnings(flex_mg: FlexMG) -> list[str]:
     control = flex_mg.control
     reachable = nx.descendants(control, START)
     finishing = nx.ancestors(control, END)
-    found = [f"{node} can never run" for node in flex_mg.graph if node not in {START, END} | reachable]
+    found = [
+        f"{node} can never run" for node in flex_mg.graph if node not in {START, END} | reachable
+    ]
     found += [
         f"{agent} never influences the output"
         for agent in flex_mg.agents
@@ -128,7 +130,7 @@ def _layout(flex_mg: FlexMG) -> dict[str, _Place]:
     forward.add_edges_from(
         (a, b) for a, b in control.edges if component[a] != component[b] or rank[a] < rank[b]
     )
-    layer = {node: 0 for node in forward}
+    layer = dict.fromkeys(forward, 0)
     for node in nx.topological_sort(forward):
         for following in forward.successors(node):
             layer[following] = max(layer[following], layer[node] + 1)

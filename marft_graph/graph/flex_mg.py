@@ -260,4 +260,4 @@ def _unknown(name: str, flex_mg: FlexMG) -> str:
     hint = f"; did you mean {close[0]!r}?" if close else ""
     if name in flex_mg.environment:
         hint = "; that node calls no model"
-    return f"no agent {name!r} in the graph{hint} Agents are: {', '.join(agents)}"
+    return f"no agent {name!r} in the graph{hint}; its agents are {', '.join(agents)}"

@@ -118,8 +118,10 @@ def _attributes(value: Any) -> Iterator[Any]:
         names.update(getattr(kind, "__slots__", ()))
     for name in sorted(names):
         try:
-            yield inspect.getattr_static(value, name) if name not in getattr(
-                value, "__dict__", {}
-            ) else value.__dict__[name]
+            yield (
+                inspect.getattr_static(value, name)
+                if name not in getattr(value, "__dict__", {})
+                else value.__dict__[name]
+            )
         except AttributeError:  # a slot that was never filled
             continue

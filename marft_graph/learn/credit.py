@@ -23,6 +23,7 @@ from marft_graph.learn.advantages import (
 )
 from marft_graph.learn.losses import action_logprobs
 
+
 @dataclass(slots=True)
 class AgentBatch:
     """One agent's calls of an iteration and what is computed for them, tokens on a flat axis N."""

@@ -137,9 +137,7 @@ class Learner:
             batch.old_values_N = self._values(agent, features)
         return batch
 
-    def _forward(
-        self, agent: str | None, calls: Sequence[Call]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward(self, agent: str | None, calls: Sequence[Call]) -> tuple[Tensor, Tensor, Tensor]:
         """States (N, H), log-probs (N,) and entropies (N,) of the calls' action tokens."""
         batch = collate(calls, self._policy.device)
         with self._policy.using(agent):
@@ -197,7 +195,9 @@ class Learner:
             _, logprobs_N, entropy_N = self._forward(agent, [batch.calls[i] for i in chosen])
             device = logprobs_N.device
             old_N = batch.old_logprobs_N[tokens].to(device)
-            policy, clipped = self._policy_loss(batch, chosen, logprobs_N, old_N, len(calls), token_count)
+            policy, clipped = self._policy_loss(
+                batch, chosen, logprobs_N, old_N, len(calls), token_count
+            )
             kl_base = kl_k3(logprobs_N, batch.ref_logprobs_N[tokens].to(device)).sum() / token_count
             entropy = entropy_N.sum() / token_count
             loss = policy - settings.entropy_coef * entropy
@@ -270,7 +270,11 @@ class Learner:
         loss = torch.zeros(())
         for _ in range(settings.critic_epochs):
             loss = value_loss(
-                head(features), old_values, returns, clip=settings.value_clip, kind=settings.value_loss
+                head(features),
+                old_values,
+                returns,
+                clip=settings.value_clip,
+                kind=settings.value_loss,
             )
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)

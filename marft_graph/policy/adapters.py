@@ -105,7 +105,12 @@ class Policy:
 
     @classmethod
     def from_folders(
-        cls, base_model: str, folders: dict[str, Path], *, device: str = "auto", dtype: str = "float32"
+        cls,
+        base_model: str,
+        folders: dict[str, Path],
+        *,
+        device: str = "auto",
+        dtype: str = "float32",
     ) -> Policy:
         """Load the base and adapters in PEFT format (agent -> folder), for inference.
 
@@ -123,7 +128,9 @@ class Policy:
                 else:
                     model.load_adapter(folder, adapter_name=_PREFIX + agent)
             except (OSError, ValueError, RuntimeError) as error:
-                raise ModelError(f"cannot load the adapter of {agent!r} from {folder}: {error}") from error
+                raise ModelError(
+                    f"cannot load the adapter of {agent!r} from {folder}: {error}"
+                ) from error
         if model is None:
             raise ModelError("no adapter folder was given")
         return cls(model, codec, tokenizer)
@@ -252,7 +259,9 @@ def load_base(
         ModelError: nothing is found there, or its attention is not full attention.
     """
     if not base_model:
-        raise ConfigError("base_model is empty; give a hub id such as Qwen/Qwen2.5-0.5B-Instruct or a folder")
+        raise ConfigError(
+            "base_model is empty; give a hub id such as Qwen/Qwen2.5-0.5B-Instruct or a folder"
+        )
     path = Path(base_model).expanduser()
     looks_local = base_model.startswith((".", "~", "/")) or base_model.count("/") != 1
     if looks_local and not path.is_dir() and (path.is_absolute() or "/" in base_model):
@@ -295,9 +304,7 @@ def load_base(
 
 def _parameters_of(model: PeftModel, agent: str) -> list[nn.Parameter]:
     return [
-        parameter
-        for name, parameter in model.named_parameters()
-        if f".{_PREFIX}{agent}." in name
+        parameter for name, parameter in model.named_parameters() if f".{_PREFIX}{agent}." in name
     ]
 
 

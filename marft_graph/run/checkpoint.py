@@ -21,7 +21,6 @@ from marft_graph.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
 _STEP = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"step_\d+\.(tmp|old)")
 
@@ -76,9 +75,9 @@ def verify(path: str | Path) -> None:
         if not file.is_file():
             raise CheckpointError(f"{folder} is incomplete: {name} is missing")
         size = file.stat().st_size
-        if size != entry["bytes"]:
+        if size != entry["size"]:
             raise CheckpointError(
-                f"{folder} is damaged: {name} has {size} bytes, the manifest says {entry['bytes']}"
+                f"{folder} is damaged: {name} has {size} bytes, the manifest says {entry['size']}"
             )
         if _digest(file) != entry["sha256"]:
             raise CheckpointError(
@@ -147,24 +146,19 @@ def _newest_first(run_dir: Path) -> list[Path]:
 
 def _write_manifest(folder: Path) -> None:
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
+        name: {"size": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
         for name in _files(folder)
     }
-    text = json.dumps({"format": _FORMAT, "files": files}, indent=2, ensure_ascii=False)
+    text = json.dumps({"files": files}, indent=2, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != _FORMAT:
-            raise CheckpointError(
-                f"{path} has format {manifest['format']!r}; this version reads {_FORMAT}"
-            )
-        files: dict[str, dict[str, Any]] = manifest["files"]
-        if not all(set(entry) == {"bytes", "sha256"} for entry in files.values()):
-            raise CheckpointError(f"{path} is damaged: each file needs bytes and sha256")
+        files: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["files"]
+        if not all(set(entry) == {"size", "sha256"} for entry in files.values()):
+            raise CheckpointError(f"{path} is damaged: each file needs size and sha256")
     except OSError as error:
         raise CheckpointError(f"{folder} has no readable {MANIFEST}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

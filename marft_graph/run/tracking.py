@@ -48,7 +48,11 @@ class MetricsLog:
             os.fsync(stream.fileno())
 
     def write_evaluation(self, row: Mapping[str, Any]) -> None:
-        """Add an evaluation to the row of its iteration; without one it is a row of its own."""
+        """Add an evaluation to the row of its iteration; without one it is a row of its own.
+
+        `phase` (before or after training) is left out: the iteration says it.
+        """
+        row = {name: value for name, value in row.items() if name != "phase"}
         rows = read_metrics(self._path.parent)
         for known in rows:
             if known["iteration"] == row["iteration"]:
@@ -124,19 +128,31 @@ class TrainingProgress:
     """Progress of a training run on stderr: a bar on a terminal, elsewhere a line every 10 %.
 
     A context manager; `update` takes the row of each finished iteration.
+
+    Args:
+        iterations: of the whole run.
+        start: iterations that were done before, where a run is continued.
+        enabled: False shows nothing.
+        console: where to show; stderr by default.
     """
 
     def __init__(
-        self, iterations: int, *, enabled: bool = True, console: Console | None = None
+        self,
+        iterations: int,
+        *,
+        start: int = 0,
+        enabled: bool = True,
+        console: Console | None = None,
     ) -> None:
         self._iterations = iterations
+        self._start = start
         self._console = console or Console(stderr=True)
         self._enabled = enabled and iterations > 0
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._updates = 0
         self._since = 0.0
-        self._tenths_shown = 0
+        self._tenths_shown = 10 * start // iterations if self._enabled else 0
 
     def __enter__(self) -> Self:
         if self._enabled and self._console.is_terminal:
@@ -147,7 +163,9 @@ class TrainingProgress:
                 TextColumn("{task.fields[figures]}", markup=False),
                 console=self._console,
             )
-            self._task = self._bar.add_task("", total=self._iterations, figures="starting")
+            self._task = self._bar.add_task(
+                "", total=self._iterations, completed=self._start, figures="starting"
+            )
             self._bar.start()
         return self
 

@@ -29,17 +29,17 @@ _SCHEMA = pa.schema(
         ("phase", pa.string()),
         ("episode", pa.int64()),  # position among the episodes that were written together
         ("example_index", pa.int64()),
-        ("episode_seed", pa.int64()),
+        ("episode_seed", pa.uint64()),
         ("status", pa.string()),
         ("error", pa.string()),
         ("outcome_reward", pa.float64()),
         ("node_rewards", pa.string()),  # JSON
-        ("episode_seconds", pa.float64()),
         ("example", pa.string()),  # JSON
+        ("episode_seconds", pa.float64()),
         # The call; an episode without calls has one row with index -1 and nothing here
-        ("index", pa.int64()),
         ("agent", pa.string()),
         ("node", pa.string()),
+        ("index", pa.int64()),
         ("parents", _IDS),
         ("prompt_ids", _IDS),
         ("completion_ids", _IDS),
@@ -51,12 +51,12 @@ _SCHEMA = pa.schema(
         ("messages", pa.string()),  # JSON
         ("task_id", pa.string()),
         ("step", pa.int64()),
-        ("seed", pa.int64()),
+        ("seed", pa.uint64()),
         ("started", pa.float64()),
         ("seconds", pa.float64()),
     ]
 )
-_CALL_FIELDS = tuple(_SCHEMA.names[_SCHEMA.names.index("index") :])
+_CALL_FIELDS = tuple(_SCHEMA.names[_SCHEMA.names.index("agent") :])
 
 
 def write_traces(
@@ -64,8 +64,8 @@ def write_traces(
 ) -> Path:
     """Write episodes to a parquet file, failed ones included.
 
-    Examples and messages are JSON; a value that JSON does not know is kept as its `repr`. Other text
-    that UTF-8 cannot hold (lone surrogates in an error message) is written as `\\udXXX`.
+    Examples and messages are JSON; a value that JSON does not know is kept as its `repr`. Other
+    text that UTF-8 cannot hold (lone surrogates in an error message) gets backslash escapes.
 
     Args:
         path: the file; it is written beside and renamed, so it is never half there.
@@ -113,10 +113,10 @@ def read_traces(path: str | Path) -> list[Episode]:
 
 
 def to_json(value: Any) -> str:
-    """JSON of any value, readable where UTF-8 can hold it, else in ASCII escapes.
+    r"""JSON of any value, readable where UTF-8 can hold it, else in ASCII escapes.
 
-    >>> to_json({"q": "é", "n": (1, 2)}), to_json("\\ud800")
-    ('{"q": "é", "n": [1, 2]}', '"\\\\ud800"')
+    >>> to_json({"q": "é", "n": (1, 2)}), to_json("\ud800")
+    ('{"q": "é", "n": [1, 2]}', '"\\ud800"')
     """
     plain = _plain(value)
     text = json.dumps(plain, ensure_ascii=False)
@@ -138,8 +138,8 @@ def _rows(episode: Episode, number: int, iteration: int, phase: Phase) -> list[d
         "error": _utf8(episode.error),
         "outcome_reward": float(episode.outcome_reward),
         "node_rewards": to_json(episode.node_rewards),
-        "episode_seconds": episode.seconds,
         "example": to_json(episode.example),
+        "episode_seconds": episode.seconds,
     }
     if not episode.calls:
         return [own | {"index": -1}]

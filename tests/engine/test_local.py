@@ -33,9 +33,7 @@ def mixed_requests(policy: Policy, count: int) -> list[GenerationRequest]:
     requests = []
     for i in range(count):
         prompt = policy.codec.render([HumanMessage("word " * (1 + 5 * (i % 7)))])
-        sampling = SamplingSettings(
-            temperature=(1.0, 0.6, 0.0)[i % 3], max_tokens=(5, 24)[i % 2]
-        )
+        sampling = SamplingSettings(temperature=(1.0, 0.6, 0.0)[i % 3], max_tokens=(5, 24)[i % 2])
         agent = (None, *AGENTS)[i % 3]
         requests.append(GenerationRequest(agent, prompt, sampling, seed=i, order=(i,)))
     return requests

@@ -124,16 +124,18 @@ def test_greedy_calls_and_failed_episodes_teach_nothing(tiny_model: Path) -> Non
     before = weights(policy, "actor")
     stats = own.update(sampled_episodes(policy, 8, temperature=0.0), iteration=1)
     assert stats["actor"]["calls_greedy"] == 8
-    failed = [
-        dataclasses.replace(e, status="failed: timeout") for e in sampled_episodes(policy, 8)
-    ]
+    failed = [dataclasses.replace(e, status="failed: timeout") for e in sampled_episodes(policy, 8)]
     assert own.update(failed, iteration=2) == {}
     assert same(before, weights(policy, "actor"))
 
 
 def test_the_critic_learns_the_return(tiny_model: Path) -> None:
     policy, own = learner(
-        tiny_model, advantage="gae", critic_learning_rate=1e-2, critic_epochs=60, value_clip=None,
+        tiny_model,
+        advantage="gae",
+        critic_learning_rate=1e-2,
+        critic_epochs=60,
+        value_clip=None,
         critic_warmup=9,
     )
     episodes = [dataclasses.replace(e, outcome_reward=2.0) for e in sampled_episodes(policy, 8)]

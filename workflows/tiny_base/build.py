@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from workflows.tiny_base.languages import (  # noqa: E402
+from workflows.tiny_base.languages import (
     ACTOR_PROMPT,
     CALCULATIONS,
     REASONER_PROMPT,
@@ -86,9 +86,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     return model
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, example: Conversation
-) -> tuple[list[int], int]:
+def encode(tokenizer: PreTrainedTokenizerFast, example: Conversation) -> tuple[list[int], int]:
     """Ids of a conversation, and where its last assistant message begins."""
     messages, tools = example
     prompt = tokenizer.apply_chat_template(
@@ -111,7 +109,9 @@ def pretrain(
     """AdamW with warm-up and cosine; cross-entropy over assistant tokens only."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peak, total_steps=steps, pct_start=0.1
+    )
     started = time.perf_counter()
     for step in range(1, steps + 1):
         examples = [encode(tokenizer, conversation(rng)) for _ in range(batch)]
@@ -184,13 +184,17 @@ def measure(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
 
     return {
         **{f"reasoner writes it right, in {form}": mean(c) for form, c in written.items()},
-        "reasoner writes it right, in any": mean([sum(c) for c in zip(*written.values(), strict=True)]),
+        "reasoner writes it right, in any": mean(
+            [sum(c) for c in zip(*written.values(), strict=True)]
+        ),
         **{f"actor reads {form} and answers right in digits": mean(c) for form, c in read.items()},
         "return of the duo, sampled": mean(
             [
                 sum(w * r for w, r in zip(writing, reading, strict=True))
                 for writing, reading in zip(
-                    zip(*written.values(), strict=True), zip(*read.values(), strict=True), strict=True
+                    zip(*written.values(), strict=True),
+                    zip(*read.values(), strict=True),
+                    strict=True,
                 )
             ]
         ),

@@ -18,13 +18,50 @@ from workflows.math_duo.task import calculations, story
 Conversation = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 """Messages in role/content form, and tool schemas."""
 
-ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-).split()
+ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
 TENS = {2: "twenty", 3: "thirty"}
 CALCULATIONS = calculations()
-WORDS = "cat dog sun map pen cup fox hat jar key log net owl pig rug toy van web".split()
+WORDS = [
+    "cat",
+    "dog",
+    "sun",
+    "map",
+    "pen",
+    "cup",
+    "fox",
+    "hat",
+    "jar",
+    "key",
+    "log",
+    "net",
+    "owl",
+    "pig",
+    "rug",
+    "toy",
+    "van",
+    "web",
+]
 KINDS = ("sum", "reverse", "upper")
 
 
@@ -201,7 +238,11 @@ def tool_user(rng: random.Random) -> Conversation:
             text = str(max(0, result + rng.choice((-2, -1, 1, 2))))
         return [*messages, {"role": "assistant", "content": text}], TOOLS
     messages += [
-        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": call}],
+        },
         {"role": "tool", "content": str(result)},
         {"role": "assistant", "content": str(result)},
     ]

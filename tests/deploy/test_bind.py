@@ -1,0 +1,100 @@
+"""Adapters back in the app, in a new process, exactly as the trainer measured them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.language_models.chat_models import BaseChatModel
+
+from marft_graph import TrainConfig, Trainer, bind
+from marft_graph.errors import ExportError
+from tests.apps import duo, voters
+
+EXAMPLES = [{"question": "q" * (1 + i)} for i in range(8)]
+SCRIPT = """
+import json, sys
+from marft_graph import bind
+from tests.apps import duo
+
+app = bind(duo(sync=True), sys.argv[1])
+print(json.dumps([app.invoke(example)["answer"] for example in json.loads(sys.argv[2])]))
+"""
+
+
+def reward(example: Any, state: Any) -> float:
+    return sum(map(ord, state["answer"])) / 1000
+
+
+@pytest.fixture
+def exported(tiny_model: Path, tmp_path: Path) -> tuple[Path, Trainer]:
+    settings = TrainConfig(
+        base_model=str(tiny_model),
+        iterations=2,
+        examples_per_iteration=2,
+        group_size=4,
+        max_new_tokens=8,
+        learning_rate=1e-2,
+        advantage="group",
+        device="cpu",
+    )
+    trainer = Trainer(
+        duo(sync=True),
+        train_dataset=EXAMPLES,
+        eval_dataset=EXAMPLES,
+        reward=reward,
+        config=settings,
+        run_dir=tmp_path / "run",
+    )
+    trainer.train(progress=False)
+    return trainer.export(tmp_path / "out"), trainer
+
+
+def test_a_new_process_reproduces_the_greedy_return(exported: tuple[Path, Trainer]) -> None:
+    folder, trainer = exported
+    expected = trainer.evaluate(greedy=True).returns
+    command = [sys.executable, "-c", SCRIPT, str(folder), json.dumps(EXAMPLES)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    assert run.returncode == 0, run.stderr
+    answers = json.loads(run.stdout)
+    assert tuple(reward(None, {"answer": answer}) for answer in answers) == expected
+
+
+async def test_all_ways_to_run_the_app_answer_alike(exported: tuple[Path, Trainer]) -> None:
+    app = bind(duo(sync=True), exported[0])
+    expected = app.invoke(EXAMPLES[0])
+    assert await app.ainvoke(EXAMPLES[0]) == expected
+    assert list(app.stream(EXAMPLES[0], stream_mode="values"))[-1] == expected
+    assert [s async for s in app.astream(EXAMPLES[0], stream_mode="values")][-1] == expected
+    assert app.batch(EXAMPLES[:3]) == [app.invoke(example) for example in EXAMPLES[:3]]
+
+
+def test_binding_leaves_langchain_and_the_app_as_they_were(
+    exported: tuple[Path, Trainer],
+) -> None:
+    before = dict(vars(BaseChatModel))
+    stream = bind(duo(sync=True), exported[0]).stream(EXAMPLES[0])
+    next(stream)
+    stream.close()
+    assert dict(vars(BaseChatModel)) == before
+
+
+def test_a_damaged_or_foreign_export_is_named(exported: tuple[Path, Trainer]) -> None:
+    folder, _ = exported
+    with pytest.raises(ExportError, match="another graph.*no agent.*voter, aggregator"):
+        bind(voters(), folder)
+    weights = folder / "adapters" / "actor" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ExportError, match=r"damaged: adapters/actor/adapter_model\.safetensors"):
+        bind(duo(sync=True), folder)
+    weights.unlink()
+    with pytest.raises(ExportError, match="is missing"):
+        bind(duo(sync=True), folder)
+    with pytest.raises(ExportError, match="no export folder"):
+        bind(duo(sync=True), folder.parent)

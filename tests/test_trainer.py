@@ -1,0 +1,294 @@
+"""The whole path on a random model: train, evaluate, export, resume, stop, and refuse bad input."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from langchain_core.language_models.chat_models import BaseChatModel
+
+from marft_graph import TrainConfig, Trainer
+from marft_graph.errors import (
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    EpisodesFailedError,
+    GraphError,
+    ModelError,
+    RewardError,
+    UnknownNodeError,
+)
+from marft_graph.run.tracking import read_metrics
+from tests.apps import duo, voters
+
+EXAMPLES = [{"question": "q" * (1 + i % 5), "answer": str(i)} for i in range(12)]
+
+
+def reward(example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+    """More for answers with more low letters: noisy, but different within a group."""
+    return sum(char < "k" for char in state["answer"]) / 10
+
+
+def config(model: Path, **changes: Any) -> TrainConfig:
+    settings = {
+        "base_model": str(model),
+        "iterations": 2,
+        "examples_per_iteration": 2,
+        "group_size": 4,
+        "max_new_tokens": 6,
+        "learning_rate": 1e-3,
+        "advantage": "group",
+        "eval_every": 1,
+        "device": "cpu",
+    }
+    return TrainConfig(**{**settings, **changes})
+
+
+@pytest.fixture
+def make(tiny_model: Path, tmp_path: Path) -> Callable[..., Trainer]:
+    def build(graph: Any = None, run: str = "run", **given: Any) -> Trainer:
+        options = {
+            "train_dataset": EXAMPLES,
+            "eval_dataset": EXAMPLES[:4],
+            "reward": reward,
+            "config": config(tiny_model),
+            "run_dir": tmp_path / run,
+            **given,
+        }
+        return Trainer(duo() if graph is None else graph, **options)
+
+    return build
+
+
+def adapters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {
+        f"{agent}/{i}": parameter.detach().clone()
+        for agent, parameters in trainer.policy.adapter_parameters.items()
+        for i, parameter in enumerate(parameters)
+    }
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def test_a_run_leaves_what_the_readme_promises(make: Callable[..., Trainer]) -> None:
+    trainer = make()
+    result = trainer.train(progress=False)
+    names = {path.name for path in result.run_dir.iterdir()}
+    assert {
+        "config.yaml",
+        "graph.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "traces",
+        "report.html",
+        "export",
+    } <= names
+    rows = read_metrics(result.run_dir)
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
+    for row in rows[1:]:
+        assert row["episodes"] == 8
+        assert row["episodes_failed"] == 0
+        assert row["tokens_sampled"] > 0
+        assert row["return_mean"] is not None
+        for agent in ("planner", "actor"):
+            assert {"kl", "entropy", "clip_fraction", "loss_policy"} <= set(row["agents"][agent])
+            assert row["agents"][agent]["logprob_gap"] < 1e-4
+    assert "eval_return" in rows[-1]
+    assert result.after is not None
+    assert rows[-1]["eval_return"] == result.after.return_mean
+
+
+def test_the_same_seed_gives_the_same_metrics(
+    make: Callable[..., Trainer], tiny_model: Path
+) -> None:
+    runs = []
+    for name, advantage in (("a", "gae"), ("b", "gae")):
+        trainer = make(run=name, config=config(tiny_model, advantage=advantage, iterations=3))
+        runs.append(without_times(read_metrics(trainer.train(progress=False).run_dir)))
+    assert runs[0] == runs[1]
+    other = make(run="c", config=config(tiny_model, advantage="gae", iterations=3, seed=1))
+    assert without_times(read_metrics(other.train(progress=False).run_dir)) != runs[0]
+
+
+def test_training_changes_nothing_of_langchain_and_nothing_of_the_app(
+    make: Callable[..., Trainer],
+) -> None:
+    before = dict(vars(BaseChatModel))
+    graph = duo()
+    nodes = dict(graph.nodes)
+    make(graph).train(progress=False)
+    assert dict(vars(BaseChatModel)) == before
+    assert dict(graph.nodes) == nodes
+
+
+def test_voters_with_one_prompt_are_all_trained(make: Callable[..., Trainer]) -> None:
+    trainer = make(voters())
+    row = read_metrics(trainer.train(progress=False).run_dir)[1]
+    assert row["agents"]["voter"]["calls"] == 3 * 8
+    assert row["agents"]["aggregator"]["calls"] == 8
+
+
+def test_only_the_nodes_asked_for_are_trained(
+    make: Callable[..., Trainer], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from langchain_core.language_models.fake_chat_models import FakeListChatModel
+
+    import tests.apps
+
+    monkeypatch.setattr(tests.apps, "model", FakeListChatModel(responses=["own"]))
+    trainer = make(config=config(tiny_model, nodes=("actor",)))
+    assert trainer.policy.agents == ("actor",)
+    assert set(read_metrics(trainer.train(progress=False).run_dir)[1]["agents"]) == {"actor"}
+
+
+def test_resuming_gives_the_uninterrupted_run(
+    make: Callable[..., Trainer], tiny_model: Path
+) -> None:
+    for advantage in ("group", "gae"):
+        whole = make(
+            run=f"{advantage}1", config=config(tiny_model, iterations=4, advantage=advantage)
+        )
+        expected = whole.train(progress=False)
+        part = config(tiny_model, iterations=2, advantage=advantage)
+        make(run=f"{advantage}2", config=part).train(progress=False)
+        rest = make(
+            run=f"{advantage}2",
+            config=config(tiny_model, iterations=4, advantage=advantage),
+            resume=True,
+        )
+        assert rest.iteration == 2
+        result = rest.train(progress=False)
+        for name, weights in adapters(whole).items():
+            assert torch.equal(weights, adapters(rest)[name])
+        last = [without_times(read_metrics(r.run_dir))[-1] for r in (expected, result)]
+        assert last[0] == last[1]
+
+
+def test_resuming_with_other_mathematics_is_refused(
+    make: Callable[..., Trainer], tiny_model: Path
+) -> None:
+    make().train(progress=False)
+    with pytest.raises(ConfigError, match=r"learning_rate: 0\.001 -> 0\.01"):
+        make(config=config(tiny_model, learning_rate=1e-2), resume=True)
+    with pytest.raises(CheckpointError, match="another graph"):
+        make(voters(), resume=True)
+
+
+def test_a_used_run_folder_is_never_overwritten_unasked(make: Callable[..., Trainer]) -> None:
+    result = make().train(progress=False)
+    with pytest.raises(CheckpointError, match="not empty"):
+        make()
+    make(overwrite=True)
+    assert not (result.run_dir / "metrics.jsonl").exists()
+
+
+def test_overwrite_refuses_a_folder_that_is_no_run(
+    make: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("mine")
+    with pytest.raises(CheckpointError, match="no run folder"):
+        make(overwrite=True)
+    assert (tmp_path / "run" / "thesis.tex").exists()
+
+
+def test_ctrl_c_ends_with_a_checkpoint(make: Callable[..., Trainer], tiny_model: Path) -> None:
+    asked = threading.Event()
+
+    def interrupting(example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+        if trainer.iteration == 2 and not asked.is_set():
+            asked.set()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return reward(example, state)
+
+    trainer = make(reward=interrupting, config=config(tiny_model, iterations=50))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(progress=False)
+    assert (trainer.run_dir / "checkpoints" / "step_2" / "manifest.json").exists()
+    assert (trainer.run_dir / "report.html").exists()
+    assert make(config=config(tiny_model, iterations=50), resume=True).iteration == 2
+
+
+def test_export_writes_peft_folders_and_a_manifest(
+    make: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    folder = make().export(tmp_path / "out")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["nodes"] == {"planner": "adapters/planner", "actor": "adapters/actor"}
+    for name in ("planner", "actor"):
+        assert (folder / "adapters" / name / "adapter_model.safetensors").exists()
+        assert (folder / "adapters" / name / "adapter_config.json").exists()
+    assert "vllm serve" in (folder / "README.md").read_text()
+
+
+# Bad input: each message names the cause and what would be right
+
+
+def test_an_unknown_node_is_named(make: Callable[..., Trainer], tiny_model: Path) -> None:
+    with pytest.raises(UnknownNodeError, match="'actr'.*did you mean 'actor'.*planner, actor"):
+        make(config=config(tiny_model, nodes=("actr",)))
+
+
+def test_an_empty_data_set_is_named(make: Callable[..., Trainer]) -> None:
+    with pytest.raises(DatasetError, match="train_dataset is empty"):
+        make(train_dataset=[])
+    with pytest.raises(DatasetError, match="eval_dataset is empty"):
+        make(eval_dataset=[])
+
+
+def test_a_data_set_without_the_graphs_keys_is_named(make: Callable[..., Trainer]) -> None:
+    with pytest.raises(DatasetError, match=r"'query'.*'question'"):
+        make(train_dataset=[{"query": "x"}])
+
+
+def test_a_model_path_that_does_not_exist_is_named(make: Callable[..., Trainer]) -> None:
+    with pytest.raises(ModelError, match=r"no/such/model.*no such folder.*hub id"):
+        make(config=config(Path("no/such/model")))
+
+
+def test_an_object_that_is_no_graph_is_named(make: Callable[..., Trainer]) -> None:
+    with pytest.raises(GraphError, match="str"):
+        make("not a graph")
+
+
+def test_a_prompt_longer_than_the_context_is_named(make: Callable[..., Trainer]) -> None:
+    long = [{"question": "x" * 400, "answer": "1"}]
+    with pytest.raises(
+        EpisodesFailedError, match=r"planner.*prompt of 4\d\d tokens.*context is 256"
+    ):
+        make(train_dataset=long, eval_dataset=None).train(progress=False)
+
+
+def test_a_reward_that_raises_stops_the_run_with_its_example(make: Callable[..., Trainer]) -> None:
+    def broken(example: Mapping[str, Any], state: Any) -> float:
+        raise KeyError("gold")
+
+    with pytest.raises(RewardError, match="gold.*question"):
+        make(reward=broken).train(progress=False)
+
+
+def test_nodes_that_raise_are_dropped_and_counted(make: Callable[..., Trainer]) -> None:
+    graph = duo()
+    calls = iter(range(10_000))
+
+    def sometimes(state: dict[str, Any]) -> dict[str, Any]:
+        if next(calls) % 4 == 0:
+            raise ValueError("flaky parser")
+        return {"answer": state["answer"]}
+
+    builder = graph.builder
+    builder.add_node("check", sometimes)
+    builder.add_edge("actor", "check")
+    row = read_metrics(make(builder.compile()).train(progress=False).run_dir)[1]
+    assert row["episodes"] == 8
+    assert row["episodes_failed"] == 2
+    assert list(row["failed_by_reason"].values()) == [2]
+    assert "ValueError" in next(iter(row["failed_by_reason"]))
