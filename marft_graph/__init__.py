@@ -2,7 +2,8 @@
 
     from marft_graph import Trainer, TrainConfig
 
-    trainer = Trainer(graph, train_dataset=examples, reward=reward, config=TrainConfig(base_model=...))
+    config = TrainConfig(base_model="Qwen/Qwen2.5-0.5B-Instruct")
+    trainer = Trainer(graph, train_dataset=examples, reward=reward, config=config)
     trainer.train()
     trainer.export("adapters")
 

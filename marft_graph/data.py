@@ -1,4 +1,4 @@
-"""Examples: what users give as a data set, as one sequence of mappings, and the order they come in."""
+"""Examples: what users give as a data set, as a sequence of mappings, and their order."""
 
 from __future__ import annotations
 

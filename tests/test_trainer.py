@@ -233,7 +233,7 @@ def test_export_writes_peft_folders_and_a_manifest(
 
 
 def test_an_unknown_node_is_named(make: Callable[..., Trainer], tiny_model: Path) -> None:
-    with pytest.raises(UnknownNodeError, match="'actr'.*did you mean 'actor'.*planner, actor"):
+    with pytest.raises(UnknownNodeError, match=r"'actr'.*did you mean 'actor'.*planner, actor"):
         make(config=config(tiny_model, nodes=("actr",)))
 
 
@@ -271,7 +271,7 @@ def test_a_reward_that_raises_stops_the_run_with_its_example(make: Callable[...,
     def broken(example: Mapping[str, Any], state: Any) -> float:
         raise KeyError("gold")
 
-    with pytest.raises(RewardError, match="gold.*question"):
+    with pytest.raises(RewardError, match=r"gold.*question"):
         make(reward=broken).train(progress=False)
 
 

@@ -93,8 +93,9 @@ def write_export(
         "metrics": dict(metrics),
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
     }
+    nodes = [agent_of_adapter(name) for name in names]
     command = vllm_command(str(manifest["base_model"]), names, out_dir, config.lora_rank)
-    (out_dir / "README.md").write_text(_readme(command, list(manifest["nodes"])), encoding="utf-8")
+    (out_dir / "README.md").write_text(_readme(command, nodes), encoding="utf-8")
     manifest["sha256"] = {
         file.relative_to(out_dir).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(out_dir.rglob("*"))

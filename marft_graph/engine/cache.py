@@ -1,6 +1,6 @@
-"""The key/value cache of the local engine: one row per running completion, each with its own length.
+"""The key/value cache of the local engine: a row for each running completion, of its own length.
 
-Rows are packed to the front, so a forward pass over the running rows reads views and copies nothing.
+Rows are packed to the front, so a forward pass over the running rows reads views, no copies.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 
 class RowCacheLayer(CacheLayerMixin):
-    """One layer's keys and values, (rows, heads, capacity, size), written at each row's own length."""
+    """One layer's keys and values (rows, heads, capacity, size), written at each row's length."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, cache: RowCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -63,7 +66,8 @@ class RowCache(Cache):
         self.read_to = 0
         self.write_at = torch.empty(0, dtype=torch.long, device=device)
         self.row_index = torch.arange(self.rows, device=device)
-        super().__init__(layers=[RowCacheLayer(self) for _ in range(layers)])
+        self._own_layers = [RowCacheLayer(self) for _ in range(layers)]
+        super().__init__(layers=list(self._own_layers))
 
     def prepare(self, length_B: Tensor, longest: int) -> None:
         """Set where the next token of each running row goes; `longest` is the largest length."""
@@ -75,16 +79,16 @@ class RowCache(Cache):
         source = torch.tensor(source_rows, device=self.row_index.device)
         last_row = first_row + len(source_rows)
         self.reserve(last_row, prefilled.get_seq_length() + 1)
-        for own, new in zip(self.layers, prefilled.layers, strict=True):
+        for own, (keys, values) in zip(self._own_layers, _filled(prefilled), strict=True):
             if not own.is_initialized:
-                own.lazy_initialization(new.keys, new.values)
-            length = new.keys.shape[2]
-            own.keys[first_row:last_row, :, :length] = new.keys[source]
-            own.values[first_row:last_row, :, :length] = new.values[source]
+                own.lazy_initialization(keys, values)
+            length = keys.shape[2]
+            own.keys[first_row:last_row, :, :length] = keys[source]
+            own.values[first_row:last_row, :, :length] = values[source]
 
     def move(self, source: int, target: int) -> None:
         """Copy one row over another, to keep running rows packed."""
-        for layer in self.layers:
+        for layer in self._own_layers:
             layer.keys[target] = layer.keys[source]
             layer.values[target] = layer.values[source]
 
@@ -95,12 +99,21 @@ class RowCache(Cache):
         while self.capacity < capacity:
             self.capacity *= 2
         self.row_index = torch.arange(self.rows, device=self.row_index.device)
-        for layer in self.layers:
+        for layer in self._own_layers:
             if layer.is_initialized and (
                 layer.keys.shape[0] < self.rows or layer.keys.shape[2] < self.capacity
             ):
                 layer.keys = _grown(layer.keys, self.rows, self.capacity)
                 layer.values = _grown(layer.values, self.rows, self.capacity)
+
+
+def _filled(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of a prefilled cache's layers."""
+    return [
+        (layer.keys, layer.values)
+        for layer in cache.layers
+        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
+    ]
 
 
 def _grown(old: Tensor, rows: int, capacity: int) -> Tensor:

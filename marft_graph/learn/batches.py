@@ -37,7 +37,11 @@ class CallBatch:
 def collate(calls: Sequence[Call], device: torch.device) -> CallBatch:
     """One batch of all given calls, action tokens in their order."""
     longest = max(len(call.prompt_ids) + len(call.completion_ids) - 1 for call in calls)
-    rows, row_N, state_N, target_N, temperature_N = [], [], [], [], []
+    rows: list[tuple[int, ...]] = []
+    row_N: list[int] = []
+    state_N: list[int] = []
+    target_N: list[int] = []
+    temperature_N: list[float] = []
     for row, call in enumerate(calls):
         ids = (call.prompt_ids + call.completion_ids)[:-1]
         rows.append(ids + (0,) * (longest - len(ids)))

@@ -44,7 +44,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.agents = tuple(name.removeprefix(_PREFIX) for name in model.peft_config)
         self.adapter_parameters = {agent: _parameters_of(model, agent) for agent in self.agents}
-        base: PreTrainedModel = model.get_base_model()
+        base = _base_of(model)
         self.config = base.config.get_text_config()
         self._decoder = base.get_decoder()
         self._lm_head = base.get_output_embeddings()
@@ -138,7 +138,8 @@ class Policy:
     @property
     def device(self) -> torch.device:
         """Where the base's weights are."""
-        return self._lm_head.weight.device
+        device: torch.device = self._lm_head.weight.device
+        return device
 
     @property
     def vocabulary(self) -> int:
@@ -148,7 +149,7 @@ class Policy:
     @property
     def end_ids(self) -> frozenset[int]:
         """Token ids that end a completion."""
-        generation = self.model.get_base_model().generation_config
+        generation = _base_of(self.model).generation_config
         ends = generation.eos_token_id if generation is not None else None
         ends = list(ends) if isinstance(ends, list | tuple) else [ends]
         return frozenset(i for i in [*ends, self.tokenizer.eos_token_id] if isinstance(i, int))
@@ -300,6 +301,13 @@ def load_base(
     base.to(target)  # type: ignore[arg-type]
     base.requires_grad_(False)
     return base, tokenizer, TokenizerCodec(tokenizer, context)
+
+
+def _base_of(model: PeftModel) -> PreTrainedModel:
+    base = model.get_base_model()
+    if not isinstance(base, PreTrainedModel):
+        raise ModelError(f"{type(base).__name__} is no transformers model")
+    return base
 
 
 def _parameters_of(model: PeftModel, agent: str) -> list[nn.Parameter]:

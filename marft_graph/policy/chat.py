@@ -106,7 +106,8 @@ class TokenizerCodec:
             text = text[: min(cuts)]
         if not tools or "<tool_call>" not in text:
             return AIMessage(content=text)
-        calls, invalid = [], []
+        calls: list[Any] = []
+        invalid: list[Any] = []
         for match in _TOOL_CALL.finditer(text):
             call = _parse_tool_call(match[1])
             (calls if call["type"] == "tool_call" else invalid).append(call)

@@ -42,7 +42,8 @@ def token_logprobs(
     pieces = [
         checkpoint(score, hidden, target, temperature, use_reentrant=False)
         for hidden, target, temperature in zip(
-            hidden_NH.split(rows), target_N.split(rows), temperature_N.split(rows), strict=True
+            *(torch.split(tensor, rows) for tensor in (hidden_NH, target_N, temperature_N)),
+            strict=True,
         )
     ]
     return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])

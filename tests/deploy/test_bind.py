@@ -85,7 +85,7 @@ def test_binding_leaves_langchain_and_the_app_as_they_were(
 
 def test_a_damaged_or_foreign_export_is_named(exported: tuple[Path, Trainer]) -> None:
     folder, _ = exported
-    with pytest.raises(ExportError, match="another graph.*no agent.*voter, aggregator"):
+    with pytest.raises(ExportError, match=r"another graph.*no agent.*voter, aggregator"):
         bind(voters(), folder)
     weights = folder / "adapters" / "actor" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())

@@ -106,8 +106,8 @@ def _load(dataset: str) -> tuple[Dataset, Dataset]:
         return train, held_out
     if dataset.startswith((".", "/", "~")) or dataset.count("/") != 1:
         raise ValueError(
-            f"dataset {dataset!r} is neither 'generated', a file or folder that exists, nor a hub id "
-            "such as openai/gsm8k"
+            f"dataset {dataset!r} is neither 'generated', a file or folder that exists, nor a "
+            "hub id such as openai/gsm8k"
         )
     loaded = load_dataset(dataset, "main")
     if not isinstance(loaded, DatasetDict) or not {"train", "test"} <= set(loaded):
