@@ -15,18 +15,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
-    "BoundGraph",
     "Call",
-    "Engine",
     "Episode",
     "Evaluation",
     "FakeEngine",
     "FlexMG",
-    "LocalEngine",
     "MarftError",
     "Reward",
     "TrainConfig",
-    "TrainResult",
     "Trainer",
     "bind",
     "compile_graph",
@@ -34,18 +30,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BoundGraph": "deploy.bind",
     "Call": "episode",
-    "Engine": "engine.base",
     "Episode": "episode",
     "Evaluation": "trainer",
     "FakeEngine": "engine.fake",
     "FlexMG": "graph.flex_mg",
-    "LocalEngine": "engine.local",
     "MarftError": "errors",
     "Reward": "episode",
     "TrainConfig": "config",
-    "TrainResult": "trainer",
     "Trainer": "trainer",
     "bind": "deploy.bind",
     "compile_graph": "graph.compile",
@@ -54,16 +46,14 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from marft_graph.config import TrainConfig
-    from marft_graph.deploy.bind import BoundGraph, bind
-    from marft_graph.engine.base import Engine
+    from marft_graph.deploy.bind import bind
     from marft_graph.engine.fake import FakeEngine
-    from marft_graph.engine.local import LocalEngine
     from marft_graph.episode import Call, Episode, Reward
     from marft_graph.errors import MarftError
     from marft_graph.graph.compile import compile_graph
     from marft_graph.graph.flex_mg import FlexMG
     from marft_graph.rollout.runner import run_episodes
-    from marft_graph.trainer import Evaluation, Trainer, TrainResult
+    from marft_graph.trainer import Evaluation, Trainer
 
 
 def __getattr__(name: str) -> Any:

@@ -112,7 +112,7 @@ class TrainConfig:
     lam_token: float = setting(1.0, "GAE lambda between tokens of a call", at_least=0, at_most=1)
     normalize_advantages: bool = setting(
         True,
-        "scale each agent's advantages to mean 0 and deviation 1 (gae), or by the group's deviation (group)",
+        "gae: each agent's advantages to mean 0, deviation 1; group: by the group's deviation",
     )
     group_by: Literal["example", "call"] = setting(
         "call",

@@ -28,8 +28,8 @@ def as_examples(dataset: Any, name: str) -> Sequence[Mapping[str, Any]]:
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         if not isinstance(dataset, Iterable):
             raise DatasetError(
-                f"{name} is a {type(dataset).__name__}; give a datasets.Dataset, a list of dicts or "
-                "another finite iterable of them"
+                f"{name} is a {type(dataset).__name__}; give a datasets.Dataset, a list of dicts "
+                "or another finite iterable of them"
             )
         examples = list(dataset)
     if len(examples) == 0:

@@ -1,4 +1,4 @@
-"""Targets of the command line: a workflow folder, a variable of a Python file, or a langgraph.json."""
+"""Targets of the command line: a workflow folder, a Python file's variable, a langgraph.json."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class LocalEngine:
         room = self._policy.codec.context_length - len(request.prompt_ids)
         if room < 1 or not request.prompt_ids:
             raise PromptTooLongError(
-                f"prompt of {request.agent or 'the base model'} has {len(request.prompt_ids)} tokens; "
+                f"prompt of {request.agent or 'the base'} has {len(request.prompt_ids)} tokens; "
                 f"the context of {self._policy.codec.context_length} needs room for an answer"
             )
         future: Future[Completion] = Future()

@@ -63,7 +63,7 @@ class _Compiler:
     """Adds an app and the graphs inside it to one flat graph of node paths."""
 
     def __init__(self) -> None:
-        self.graph: nx.MultiDiGraph = nx.MultiDiGraph()
+        self.graph: nx.MultiDiGraph[str] = nx.MultiDiGraph()
         self._reads: dict[str, frozenset[str]] = {}
         self._scope: dict[str, str] = {}
 
@@ -80,11 +80,11 @@ class _Compiler:
         last: dict[str, set[str]] = {}
         findings: dict[str, Findings] = {}
         for name in _node_names(app):
-            found = inspect_node(app.nodes[name].bound)
-            findings[name] = found
+            bound = app.nodes[name].bound
+            found = findings[name] = inspect_node(bound)
             inner = [g for g in found.graphs if id(g) not in above]
-            if isinstance(app.nodes[name].bound, Pregel):
-                inner, found = [app.nodes[name].bound], Findings(False, (), frozenset())
+            if isinstance(bound, Pregel):
+                inner, found = [bound], Findings(False, (), frozenset())
             path = prefix + name
             if inner and not found.calls_model:
                 parts = [self.add(g, f"{path}/", above | {id(g)}) for g in inner]

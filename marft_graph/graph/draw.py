@@ -70,16 +70,14 @@ def to_mermaid(flex_mg: FlexMG) -> str:
     """The graph in Mermaid's flowchart language."""
     ids = {node: f"n{index}" for index, node in enumerate(sorted(flex_mg.graph))}
     lines = ["flowchart TD"]
-    for node, data in sorted(flex_mg.graph.nodes(data=True)):
+    for node in sorted(flex_mg.graph):
         label = node.strip("_").replace('"', "#quot;")
         shape = {"agent": f'(["{label}"])', "boundary": f'(("{label}"))'}.get(
-            data["role"], f'["{label}"]'
+            flex_mg.graph.nodes[node]["role"], f'["{label}"]'
         )
         lines.append(f"    {ids[node]}{shape}")
     arrows = {"control": "-->", "conditional": "-.->", "fan_out": "==>"}
-    for a, b, kind in sorted(flex_mg.graph.edges(data="kind")):
-        if kind in arrows:
-            lines.append(f"    {ids[a]} {arrows[kind]} {ids[b]}")
+    lines += [f"    {ids[a]} {arrows[kind]} {ids[b]}" for a, b, kind in _drawn(flex_mg)]
     return "\n".join(lines) + "\n"
 
 
@@ -119,7 +117,7 @@ def _layout(flex_mg: FlexMG) -> dict[str, _Place]:
     """Longest-path layers of the loops' condensation; inside a loop, by distance from START."""
     control = flex_mg.control
     distance = dict(nx.single_source_shortest_path_length(control, START))
-    forward = nx.DiGraph()
+    forward: nx.DiGraph[str] = nx.DiGraph()
     forward.add_nodes_from(control)
     rank = {node: (distance.get(node, len(control)), node) for node in control}
     component = {
@@ -151,7 +149,8 @@ def _layout(flex_mg: FlexMG) -> dict[str, _Place]:
 
 
 def _drawn(flex_mg: FlexMG) -> list[tuple[str, str, str]]:
-    return sorted((a, b, k) for a, b, k in flex_mg.graph.edges(data="kind") if k != "data")
+    edges = flex_mg.graph.edges(data=True)
+    return sorted((a, b, edge["kind"]) for a, b, edge in edges if edge["kind"] != "data")
 
 
 def _box(node: str, role: str, place: _Place) -> str:
@@ -191,5 +190,6 @@ def _arc(source: _Place, target: _Place) -> str:
 def _tip(name: str) -> str:
     return (
         f'<marker id="{name}" viewBox="0 0 8 8" refX="1" refY="4" markerWidth="8" markerHeight="8" '
-        f'markerUnits="userSpaceOnUse" orient="auto"><path class="{name}" d="M0,0 L8,4 L0,8 z"/></marker>'
+        f'markerUnits="userSpaceOnUse" orient="auto"><path class="{name}" d="M0,0 L8,4 L0,8 z"/>'
+        "</marker>"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class FlexMG:
     attribute `channel` names it).
     """
 
-    graph: nx.MultiDiGraph
+    graph: nx.MultiDiGraph[str]
     uncertain: tuple[str, ...] = ()
     """Nodes whose code could not be read, so that a call of a model may have been missed."""
 
@@ -61,7 +62,7 @@ class FlexMG:
     def parallel_groups(self) -> tuple[tuple[str, ...], ...]:
         """Agents of which none can run after another: they may run side by side."""
         agents = self.agents
-        free = nx.Graph()
+        free: nx.Graph[str] = nx.Graph()
         free.add_nodes_from(agents)
         for index, left in enumerate(agents):
             for right in agents[index + 1 :]:
@@ -75,12 +76,12 @@ class FlexMG:
         return tuple(sorted(groups))
 
     @property
-    def control(self) -> nx.DiGraph:
+    def control(self) -> nx.DiGraph[str]:
         """Which node can run directly after which, START and END included."""
-        control = nx.DiGraph()
+        control: nx.DiGraph[str] = nx.DiGraph()
         control.add_nodes_from(self.graph)
         control.add_edges_from(
-            (a, b) for a, b, kind in self.graph.edges(data="kind") if kind != "data"
+            (a, b) for a, b, edge in self.graph.edges(data=True) if edge["kind"] != "data"
         )
         return control
 
@@ -109,7 +110,7 @@ class FlexMG:
         if path is None:
             return f"{i} never observes {j}: nothing that {j} may write is read by a later {i}"
         hops = []
-        for source, target in zip(path, path[1:], strict=False):
+        for source, target in itertools.pairwise(path):
             channels = sorted(
                 data["channel"]
                 for data in self.graph.get_edge_data(source, target).values()
@@ -122,7 +123,7 @@ class FlexMG:
         """Plain values for `graph.json`, with the dependency matrix for people."""
         agents = self.agents
         return {
-            "nodes": {name: dict(data) for name, data in sorted(self.graph.nodes(data=True))},
+            "nodes": {name: dict(self.graph.nodes[name]) for name in sorted(self.graph)},
             "edges": sorted(
                 ({"from": a, "to": b, **data} for a, b, data in self.graph.edges(data=True)),
                 key=lambda edge: json.dumps(edge, sort_keys=True),
@@ -143,7 +144,7 @@ class FlexMG:
         Raises:
             GraphError: the values are not those of a Flex-MG, or were changed by hand.
         """
-        graph: nx.MultiDiGraph = nx.MultiDiGraph()
+        graph: nx.MultiDiGraph[str] = nx.MultiDiGraph()
         try:
             for name, data in values["nodes"].items():
                 graph.add_node(name, **data)
@@ -196,10 +197,10 @@ class FlexMG:
 
     def _data_path(self, source: str, target: str) -> list[str] | None:
         """A shortest way of data from one node to another, of at least one edge."""
-        data = nx.DiGraph()
+        data: nx.DiGraph[str] = nx.DiGraph()
         data.add_nodes_from(self.graph)
         data.add_edges_from(
-            (a, b) for a, b, kind in self.graph.edges(data="kind") if kind == "data"
+            (a, b) for a, b, edge in self.graph.edges(data=True) if edge["kind"] == "data"
         )
         paths = [
             [source, *nx.shortest_path(data, following, target)]

@@ -1,7 +1,7 @@
 """Which nodes call a model: read from what a node's code holds, without running it.
 
-A node's function, its closure, the globals it names, the object it is bound to and the Runnables it is
-made of are searched for chat models and for other graphs.
+A node's function, its closure, the globals it names, the object it is bound to and the
+Runnables it is made of are searched for chat models and for other graphs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def inspect_node(bound: Any) -> Findings:
         bound: the node's Runnable (`app.nodes[name].bound`).
     """
     seen: set[int] = set()
-    models, graphs, mentions = [], [], set()
+    models, graphs = [], []
+    mentions: set[str] = set()
     for value in _reachable(bound, seen, _DEPTH):
         if isinstance(value, BaseChatModel):
             models.append(value)
@@ -74,7 +75,7 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from value.values()
     elif isinstance(value, Runnable) or _is_users_object(value):
         yield from _attributes(value)
-        call = getattr(type(value), "__call__", None)
+        call = inspect.getattr_static(type(value), "__call__", None)
         if isinstance(call, types.FunctionType) and not isinstance(value, Runnable):
             yield call
 

@@ -164,7 +164,7 @@ class Policy:
         return states
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits (N, V) of hidden states, with the scaling or capping that the model's config asks for."""
+        """Logits (N, V) of hidden states, scaled or capped as the model's config asks for."""
         logits: Tensor = self._lm_head(hidden_NH)
         if scale := getattr(self.config, "logit_scale", None):
             logits = logits * scale
@@ -222,7 +222,7 @@ class Policy:
             raise ModelError(f"cannot read adapter weights from {path}: {error}") from error
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
             raise ModelError(
-                f"{path} was made with another base model, rank or LoRA targets than agent {agent!r}"
+                f"{path} was made with another base model, rank or LoRA targets than {agent!r}"
             )
         with torch.no_grad():
             for name, parameter in own.items():

@@ -42,7 +42,8 @@ def line_chart(title: str, curves: Sequence[Curve]) -> str:
     for share in (0.0, 0.5, 1.0):
         y = _TOP + share * plot_height
         parts.append(
-            f'<line x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y}" y2="{y}" stroke="currentColor" opacity=".2"/>'
+            f'<line x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y}" y2="{y}" '
+            'stroke="currentColor" opacity=".2"/>'
             f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end" opacity=".7">'
             f"{y_high - share * y_span:.3g}</text>"
         )
@@ -59,14 +60,16 @@ def line_chart(title: str, curves: Sequence[Curve]) -> str:
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
         )
         if len(curve.points) == 1:
-            x, y = at(*curve.points[0]).split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
+            centre_x, centre_y = at(*curve.points[0]).split(",")
+            parts.append(f'<circle cx="{centre_x}" cy="{centre_y}" r="3" fill="{colour}"/>')
         parts.append(
-            f'<text x="{legend_x}" y="{_HEIGHT - 8}" fill="{colour}">{html.escape(curve.name)}</text>'
+            f'<text x="{legend_x}" y="{_HEIGHT - 8}" fill="{colour}">'
+            f"{html.escape(curve.name)}</text>"
         )
         legend_x += 7 * len(curve.name) + 16
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+        f'width="{_WIDTH}" '
         f'font-family="system-ui,sans-serif" font-size="12" fill="currentColor" role="img" '
         f'aria-label="{html.escape(title, quote=True)}">{"".join(parts)}</svg>'
     )

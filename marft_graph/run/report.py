@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from marft_graph.episode import Episode
+from marft_graph.errors import CheckpointError
 from marft_graph.graph.draw import to_svg
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.run.curves import Curve, line_chart
@@ -22,26 +23,41 @@ from marft_graph.run.tracking import read_metrics
 from marft_graph.run.trajectories import read_traces
 
 _STYLE = """
-:root{color-scheme:light dark;--ink:#1f2937;--soft:#6b7280;--line:#e5e7eb;--card:#f9fafb;--good:#15803d}
-@media (prefers-color-scheme:dark){:root{--ink:#f3f4f6;--soft:#9ca3af;--line:#374151;--card:#1f2937;--good:#4ade80}
+:root{color-scheme:light dark;--ink:#1f2937;--soft:#6b7280;--line:#e5e7eb;--card:#f9fafb;
+--good:#15803d}
+@media (prefers-color-scheme:dark){:root{--ink:#f3f4f6;--soft:#9ca3af;--line:#374151;
+--card:#1f2937;--good:#4ade80}
 body{background:#111827}}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);max-width:68rem;margin:0 auto;padding:1rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}
 .big{font-size:1.3rem}.soft{color:var(--soft)}.good{color:var(--good)}
 table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}
-.wide{overflow-x:auto}.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr));gap:1rem}
+.wide{overflow-x:auto}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr));gap:1rem}
 .card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .9rem}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0 .6rem;font-size:.85rem;max-height:16rem;overflow-y:auto}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr));gap:1rem}svg{max-width:100%;height:auto}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0 .6rem;font-size:.85rem;
+max-height:16rem;overflow-y:auto}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1rem}
+figure{margin:0}svg{max-width:100%;height:auto}
 """
 _SHOWN_TEXT = 4000
 _SAMPLES = 4
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into a run folder; its path."""
+    """Write `report.html` into a run folder; its path.
+
+    Raises:
+        CheckpointError: the folder has no graph.json, or its metrics or traces are damaged.
+    """
     rows = read_metrics(run_dir)
-    flex_mg = FlexMG.from_dict(json.loads((run_dir / "graph.json").read_text(encoding="utf-8")))
+    try:
+        graph = json.loads((run_dir / "graph.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{run_dir} is no run folder: cannot read graph.json: {error}"
+        ) from error
+    flex_mg = FlexMG.from_dict(graph)
     before, after = (
         _traces(run_dir / "traces" / f"eval_{when}.parquet") for when in ("before", "after")
     )
@@ -50,8 +66,8 @@ def write_report(run_dir: Path) -> Path:
         _headline(rows, before, after),
         "<h2>Dependency graph</h2>",
         f'<div class="wide">{to_svg(flex_mg)}</div>',
-        '<p class="soft">Boxes are agents, grey boxes environment nodes. Black arrows say what runs '
-        "next (dashed: on a condition), orange arcs whose output an agent may observe.</p>",
+        '<p class="soft">Boxes are agents, grey boxes environment nodes. Black arrows say what '
+        "runs next (dashed: on a condition), orange arcs whose output an agent may observe.</p>",
         _curves(rows, flex_mg),
         _spending(rows),
         _failures(rows),
@@ -178,7 +194,8 @@ def _spending(rows: Sequence[Mapping[str, Any]]) -> str:
         "<h2>Time and tokens</h2><table>"
         f"<tr><th>episodes</th><td>{episodes}</td></tr>"
         f"<tr><th>tokens sampled</th><td>{tokens}</td></tr>"
-        f"<tr><th>rollout</th><td>{rollout:.1f} s, {tokens / max(rollout, 1e-9):.0f} tokens/s</td></tr>"
+        f"<tr><th>rollout</th><td>{rollout:.1f} s, "
+        f"{tokens / max(rollout, 1e-9):.0f} tokens/s</td></tr>"
         f"<tr><th>update</th><td>{update:.1f} s</td></tr></table>"
     )
 

@@ -115,7 +115,7 @@ def test_micro_batches_and_episode_order_do_not_matter(tiny_model: Path, level: 
         results.append(weights(policy, "actor"))
     for other in results[1:]:
         for left, right in zip(results[0], other, strict=True):
-            # AdamW's first step is the gradient's sign times the rate: compare the gradients' effect
+            # AdamW's first step is the gradient's sign times the rate
             assert (left - right).abs().mean() < 1e-4
 
 

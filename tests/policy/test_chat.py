@@ -31,7 +31,10 @@ def test_a_conversation_is_rendered_by_the_models_template(codec: TokenizerCodec
         AIMessage("4"),
         ToolMessage("x", tool_call_id="1"),
     ]
-    expected = "<|system|>be brief<|end|><|user|>2+2<|end|><|assistant|>4<|end|><|tool|>x<|end|><|assistant|>"
+    expected = (
+        "<|system|>be brief<|end|><|user|>2+2<|end|><|assistant|>4<|end|><|tool|>x<|end|>"
+        "<|assistant|>"
+    )
     assert codec.render(messages) == ids(codec, expected)
 
 

@@ -1,0 +1,205 @@
+"""The report: says whether it got better, offline, and never lets a model's text be HTML."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, TypedDict
+from xml.etree import ElementTree
+
+import pytest
+from langchain_core.language_models import FakeListChatModel
+from langgraph.graph import END, START, StateGraph
+
+from marft_graph.episode import Call, Episode
+from marft_graph.errors import CheckpointError
+from marft_graph.graph.compile import compile_graph
+from marft_graph.run.curves import Curve, line_chart, plot_learning_curves
+from marft_graph.run.report import bootstrap_interval, verdict, write_report
+from marft_graph.run.tracking import MetricsLog
+from marft_graph.run.trajectories import write_traces
+
+HOSTILE = '</pre><script src="https://evil.example/x.js">alert(1)</script>\0\ud800'
+
+
+class State(TypedDict):
+    question: str
+    answer: str
+
+
+model = FakeListChatModel(responses=["never asked"])
+
+
+def writer(state: State) -> dict[str, Any]:
+    return {"answer": model.invoke(state["question"]).text}
+
+
+def episode(index: int, outcome: float, text: str = "seven") -> Episode:
+    call = Call(
+        agent="writer",
+        node="writer",
+        index=0,
+        parents=(),
+        prompt_ids=(1,),
+        completion_ids=(2,),
+        logprobs=(-0.5,),
+        finish_reason="stop",
+        adapter_version=0,
+        messages=({"role": "assistant", "content": text},),
+    )
+    return Episode({"question": text}, (call,), outcome_reward=outcome, example_index=index)
+
+
+def training_row(iteration: int, mean: float) -> dict[str, Any]:
+    return {
+        "iteration": iteration,
+        "episodes": 64,
+        "episodes_failed": 1,
+        "failed_by_reason": {"<b>timeout</b>": 1},
+        "return_mean": mean,
+        "seconds_rollout": 2.0,
+        "seconds_update": 1.0,
+        "tokens_sampled": 500,
+        "agents": {"writer": {"kl": 0.01, "entropy": None, "loss_policy": -0.1}},
+    }
+
+
+def run_folder(path: Path) -> Path:
+    builder = StateGraph(State)
+    builder.add_node("writer", writer)
+    builder.add_edge(START, "writer")
+    builder.add_edge("writer", END)
+    path.mkdir()
+    graph = compile_graph(builder.compile()).to_dict()
+    (path / "graph.json").write_text(json.dumps(graph), encoding="utf-8")
+    log = MetricsLog(path)
+    log.write_evaluation({"iteration": 0, "eval_return": 0.25, "eval_return_greedy": 0.125})
+    log.write(training_row(1, 0.3))
+    log.write(training_row(2, 0.8))
+    log.write_evaluation({"iteration": 2, "eval_return": 0.875, "eval_return_greedy": 0.9375})
+    before = [episode(i, 0.0) for i in range(8)]
+    after = [episode(i, 1.0, HOSTILE) for i in range(8)]
+    write_traces(path / "traces" / "eval_before.parquet", before, 0, "eval")
+    write_traces(path / "traces" / "eval_after.parquet", after, 2, "eval")
+    return path
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_report_says_before_and_after(tmp_path: Path) -> None:
+    path = write_report(run_folder(tmp_path / "run"))
+    page = path.read_text(encoding="utf-8")
+    assert path == tmp_path / "run" / "report.html"
+    assert "0.250 → <b>0.875</b> sampled" in page
+    assert "0.125 → <b>0.938</b> greedy" in page
+    # Every example went from 0 to 1, so there is nothing to be uncertain about.
+    assert "8 held-out examples; difference +1.000, 95 % interval +1.000 to +1.000" in page
+    assert "<b>better</b>" in page
+    assert "<td>128</td>" in page  # episodes
+    assert "4.0 s, 250 tokens/s" in page
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [
+        "graph.json",
+        "metrics.jsonl",
+        "report.html",
+        "traces",
+    ]
+
+
+def test_the_report_needs_no_network_and_runs_no_script(tmp_path: Path) -> None:
+    page = write_report(run_folder(tmp_path / "run")).read_text(encoding="utf-8")
+    tags = Tags()
+    tags.feed(page)
+    assert not {"script", "iframe", "object", "embed", "img"} & {tag for tag, _ in tags.found}
+    for _, attributes in tags.found:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "").partition(",")[0] in ("", "data:")
+    assert not re.search(r"url\((?!#)|@import", page)
+
+
+def test_text_of_a_model_is_escaped_and_made_visible(tmp_path: Path) -> None:
+    page = write_report(run_folder(tmp_path / "run")).read_text(encoding="utf-8")
+    assert "&lt;script src=" in page
+    assert "alert(1)&lt;/script&gt;\\x00\\xd800" in page
+    assert "&lt;b&gt;timeout&lt;/b&gt;" in page
+    assert "<b>timeout" not in page
+
+
+def test_every_chart_is_well_formed(tmp_path: Path) -> None:
+    page = write_report(run_folder(tmp_path / "run")).read_text(encoding="utf-8")
+    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(drawings) >= 4  # the graph, the return, KL, policy loss
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+
+
+def test_an_unfinished_run_has_a_report(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    (folder / "metrics.jsonl").unlink()
+    for trace in (folder / "traces").iterdir():
+        trace.unlink()
+    assert "0 iterations" in write_report(folder).read_text(encoding="utf-8")
+    MetricsLog(folder).write(training_row(1, 0.3))
+    assert "1 iterations; no two evaluations" in write_report(folder).read_text(encoding="utf-8")
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is no run folder: cannot read graph\.json"):
+        write_report(tmp_path)
+
+
+def test_the_interval_is_that_of_the_mean() -> None:
+    # 100 differences of 0 and 100 of 1: mean 0.5, standard error 0.5 / sqrt(200) = 0.0354,
+    # normal 95 % interval 0.431 to 0.569.
+    low, high = bootstrap_interval([0.0, 1.0] * 100)
+    assert low == pytest.approx(0.431, abs=0.012)
+    assert high == pytest.approx(0.569, abs=0.012)
+    assert bootstrap_interval([0.0, 1.0] * 100) == (low, high)
+
+
+@pytest.mark.parametrize(
+    ("interval", "word"),
+    [((0.1, 0.2), "better"), ((-0.2, -0.1), "worse"), ((-0.1, 0.1), "no certain difference")],
+)
+def test_only_an_interval_without_zero_is_a_difference(
+    interval: tuple[float, float], word: str
+) -> None:
+    assert verdict(*interval) == word
+
+
+def test_a_chart_goes_through_its_points() -> None:
+    svg = ElementTree.fromstring(line_chart("<T>", [Curve("a&b", [(0, 0), (5, 1), (10, 2)])]))
+    line = svg.find("{http://www.w3.org/2000/svg}polyline")
+    assert line is not None
+    (x0, y0), (x1, y1), (x2, y2) = (
+        tuple(map(float, point.split(","))) for point in line.attrib["points"].split()
+    )
+    assert x1 == pytest.approx((x0 + x2) / 2, abs=0.1)
+    assert y1 == pytest.approx((y0 + y2) / 2, abs=0.1)
+    assert y2 < y1 < y0  # higher values stand higher
+    assert svg.attrib["aria-label"] == "<T>"
+
+
+def test_a_chart_without_points_is_left_out_and_one_point_is_a_dot() -> None:
+    assert line_chart("x", [Curve("a", [])]) == ""
+    assert "<circle" in line_chart("x", [Curve("a", [(3, 0.0)])])
+
+
+def test_seeds_are_drawn_into_one_picture(tmp_path: Path) -> None:
+    folders = []
+    for seed in range(2):
+        log = MetricsLog(tmp_path / f"seed-{seed}")
+        for iteration in (1, 2, 3):
+            log.write(training_row(iteration, 0.2 * iteration + 0.1 * seed))
+        folders.append(tmp_path / f"seed-{seed}")
+    picture = plot_learning_curves(folders, tmp_path / "curve.png", title="two seeds")
+    assert picture.read_bytes().startswith(b"\x89PNG")
