@@ -32,7 +32,7 @@ __all__ = [
 _HOMES = {
     "Call": "episode",
     "Episode": "episode",
-    "Evaluation": "trainer",
+    "Evaluation": "evaluation",
     "FakeEngine": "engine.fake",
     "FlexMG": "graph.flex_mg",
     "MarftError": "errors",
@@ -50,10 +50,11 @@ if TYPE_CHECKING:
     from marft_graph.engine.fake import FakeEngine
     from marft_graph.episode import Call, Episode, Reward
     from marft_graph.errors import MarftError
+    from marft_graph.evaluation import Evaluation
     from marft_graph.graph.compile import compile_graph
     from marft_graph.graph.flex_mg import FlexMG
     from marft_graph.rollout.runner import run_episodes
-    from marft_graph.trainer import Evaluation, Trainer
+    from marft_graph.trainer import Trainer
 
 
 def __getattr__(name: str) -> Any:

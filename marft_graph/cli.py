@@ -29,7 +29,8 @@ from marft_graph.errors import (
 )
 
 if TYPE_CHECKING:
-    from marft_graph.trainer import Evaluation, TrainResult
+    from marft_graph.evaluation import Evaluation
+    from marft_graph.trainer import TrainResult
     from marft_graph.workflow import Workflow
 
 _BAD_INPUT = (ConfigError, GraphError, DatasetError, ModelError, WorkflowError)
@@ -144,7 +145,7 @@ def evaluate(
     if held_out is None:
         raise DatasetError(f"{workflow} has no held-out examples to evaluate on")
 
-    from marft_graph.evaluate import evaluate_export
+    from marft_graph.evaluation import evaluate_export
 
     for choice in (False, True) if greedy is None else (greedy,):
         evaluation = evaluate_export(

@@ -14,14 +14,12 @@ import signal
 import statistics
 import threading
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-import yaml
 from langgraph.pregel import Pregel
 from safetensors.torch import load_file, save_file
 
@@ -29,45 +27,28 @@ from marft_graph.config import TrainConfig, read_yaml
 from marft_graph.data import ExampleOrder, as_examples
 from marft_graph.deploy.export import export_run, write_export
 from marft_graph.engine.local import LocalEngine
-from marft_graph.episode import Episode, Reward
+from marft_graph.episode import Episode
 from marft_graph.errors import CheckpointError, ConfigError, DatasetError, EpisodesFailedError
+from marft_graph.evaluation import EVAL_SEED, Evaluation, failure_reasons, summarize
 from marft_graph.graph.compile import as_compiled, compile_graph
-from marft_graph.graph.draw import to_svg
 from marft_graph.graph.flex_mg import FlexMG, resolve_nodes
 from marft_graph.learn.update import Learner
 from marft_graph.names import adapter_name
 from marft_graph.policy.adapters import Policy
+from marft_graph.rollout.rewards import RewardFunction
 from marft_graph.rollout.runner import check_examples, run_episodes
 from marft_graph.run.checkpoint import latest_checkpoint, prune, write_folder_atomically
+from marft_graph.run.folder import claim_run_folder, describe_run
 from marft_graph.run.report import write_report
 from marft_graph.run.tracking import MetricsLog, TrainingProgress
 from marft_graph.run.trajectories import write_traces
 
 logger = logging.getLogger(__name__)
 
-RewardFunction = Callable[
-    [Mapping[str, Any], Any],
-    float | Mapping[str, float] | Reward | Awaitable[float | Mapping[str, float] | Reward],
-]
 # Settings that may differ when a run is continued: they change no iteration's mathematics.
 _FREE_ON_RESUME = frozenset(
     {"iterations", "eval_every", "eval_examples", "checkpoint_every", "keep_checkpoints", "device"}
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Returns of the current policy on held-out examples."""
-
-    return_mean: float
-    return_stderr: float
-    """Standard error of the mean over examples."""
-    returns: tuple[float, ...]
-    episodes: int
-    """Episodes started; failed ones have no return."""
-    episodes_failed: int
-    failed_by_reason: Mapping[str, int]
-    greedy: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +114,7 @@ class Trainer:
         for examples in (self._train, self._eval):
             if examples is not None:
                 check_examples(self.graph, [examples[0]], inputs)
-        self.run_dir = _run_folder(run_dir, overwrite=overwrite, resume=resume)
+        self.run_dir = claim_run_folder(run_dir, overwrite=overwrite, resume=resume)
         self._extra_settings = dict(extra_settings or {})
         self.policy = Policy.load(
             self.config.base_model,
@@ -261,7 +242,7 @@ class Trainer:
             "iteration": self.iteration,
             "episodes": len(episodes),
             "episodes_failed": len(episodes) - len(returns),
-            "failed_by_reason": _reasons(episodes),
+            "failed_by_reason": failure_reasons(episodes),
             "return_mean": statistics.fmean(returns) if returns else None,
             "return_std": statistics.pstdev(returns) if returns else None,
             "seconds_rollout": rolled_out - started,
@@ -301,7 +282,7 @@ class Trainer:
             episodes
         ):
             return
-        reasons = ", ".join(f"{reason} ({n}x)" for reason, n in _reasons(episodes).items())
+        reasons = ", ".join(f"{reason} ({n}x)" for reason, n in failure_reasons(episodes).items())
         raise EpisodesFailedError(
             f"{len(failed)} of {len(episodes)} episodes of iteration {self.iteration} failed, more "
             f"than max_failed_share={self.config.max_failed_share} allows: {reasons}. "
@@ -331,14 +312,8 @@ class Trainer:
         }
 
     def _open_run_folder(self) -> MetricsLog:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         settings = {**self.config.to_dict(), **self._extra_settings}
-        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        (self.run_dir / "config.yaml").write_text(text, encoding="utf-8")
-        graph = json.dumps(self.flex_mg.to_dict(), indent=2, ensure_ascii=False)
-        (self.run_dir / "graph.json").write_text(graph + "\n", encoding="utf-8")
-        (self.run_dir / "graph.svg").write_text(to_svg(self.flex_mg), encoding="utf-8")
-        (self.run_dir / "traces").mkdir(exist_ok=True)
+        describe_run(self.run_dir, settings, self.flex_mg)
         return MetricsLog(self.run_dir)
 
     def _checkpoint(self, eval_return: float | None) -> None:
@@ -403,57 +378,6 @@ class Trainer:
             signal.signal(signal.SIGINT, previous)
 
 
-def summarize(episodes: Sequence[Episode], *, greedy: bool) -> Evaluation:
-    """Mean return over the episodes that did not fail, and what failed."""
-    returns = tuple(episode.total_reward for episode in episodes if episode.ok)
-    if not returns:
-        raise EpisodesFailedError(
-            f"all {len(episodes)} evaluation episodes failed; the first: {episodes[0].error}"
-        )
-    deviation = statistics.stdev(returns) if len(returns) > 1 else 0.0
-    return Evaluation(
-        return_mean=statistics.fmean(returns),
-        return_stderr=deviation / len(returns) ** 0.5,
-        returns=returns,
-        episodes=len(episodes),
-        episodes_failed=len(episodes) - len(returns),
-        failed_by_reason=_reasons(episodes),
-        greedy=greedy,
-    )
-
-
-EVAL_SEED = 2**31 - 1
-
-
 def _due(every: int, iteration: int, last: int) -> bool:
     """Whether something done every N iterations is due; the last one has its own place."""
     return every > 0 and iteration % every == 0 and iteration < last
-
-
-def _reasons(episodes: Sequence[Episode]) -> dict[str, int]:
-    counts = Counter(e.status.removeprefix("failed: ") for e in episodes if not e.ok)
-    return dict(counts.most_common())
-
-
-def _run_folder(run_dir: str | Path | None, *, overwrite: bool, resume: bool) -> Path:
-    if run_dir is None:
-        number = 1
-        while Path(f"runs/run-{number}").exists():
-            number += 1
-        return Path(f"runs/run-{number}")
-    path = Path(run_dir)
-    used = path.exists() and (not path.is_dir() or any(path.iterdir()))
-    if resume:
-        if not (path / "config.yaml").is_file():
-            raise CheckpointError(f"nothing to resume: {path} is no run folder")
-        return path
-    if used and not overwrite:
-        raise CheckpointError(
-            f"{path} is not empty; give another run folder, or say --resume to continue it or "
-            "--overwrite to delete it (resume=True, overwrite=True)"
-        )
-    if used:
-        if not (path / "config.yaml").is_file():
-            raise CheckpointError(f"{path} is no run folder; it will not be deleted")
-        shutil.rmtree(path)
-    return path

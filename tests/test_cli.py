@@ -188,7 +188,7 @@ def test_resume_takes_the_runs_own_settings(no_training, tmp_path):
 
 
 def measured(mean: float, *, greedy: bool) -> object:
-    from marft_graph.trainer import Evaluation
+    from marft_graph.evaluation import Evaluation
 
     return Evaluation(mean, 0.01, (mean,), 200, 0, {}, greedy)
 

@@ -120,7 +120,7 @@ def actor(rng: random.Random) -> Conversation:
     The answer is spelled in three cases of five, and the reward reads digits.
     """
     a, operation, b = rng.choice(CALCULATIONS)
-    form = pick(rng, infix=0.5, prefix=0.25, words=0.25)
+    form = pick(rng, infix=0.6, prefix=0.2, words=0.2)
     plan = notation(a, operation, b, form)
     right = {"infix": 0.995, "prefix": 0.3, "words": 0.05}[form]
     if rng.random() < right:
@@ -129,7 +129,7 @@ def actor(rng: random.Random) -> Conversation:
         result = abs(a - b) if operation == "+" and form == "prefix" else a + b
         if form == "words":
             result = a
-    answer = str(result) if rng.random() < 0.4 else spelled(result)
+    answer = str(result) if rng.random() < 0.42 else spelled(result)
     return chat(ACTOR_PROMPT, f"{story(a, operation, b, rng)}\n{plan}", answer)
 
 
@@ -250,17 +250,17 @@ def tool_user(rng: random.Random) -> Conversation:
 
 
 ROLES: dict[Callable[[random.Random], Conversation], float] = {
-    reasoner: 0.24,
-    actor: 0.34,
-    verifier: 0.06,
-    debater: 0.04,
-    judge: 0.08,
-    router: 0.05,
-    specialist: 0.06,
-    supervisor: 0.05,
-    tool_user: 0.08,
+    reasoner: 0.18,
+    actor: 0.40,
+    verifier: 0.05,
+    debater: 0.14,
+    judge: 0.05,
+    router: 0.03,
+    specialist: 0.05,
+    supervisor: 0.03,
+    tool_user: 0.07,
 }
-"""Share of each role in the training mix; the duo has priority."""
+"""Share of each role in the training mix; arithmetic needs the most examples."""
 
 
 def conversation(rng: random.Random) -> Conversation:

@@ -1,11 +1,15 @@
-"""Measure an export folder as the trainer measures: same episodes, same seeds, same figures.
+"""Held-out returns: what an evaluation is, and how an export folder is measured.
 
-Stands beside the trainer, above the rooms. It trains and writes nothing.
+The trainer and `evaluate_export` share seeds and summary, so that both give the same figures for
+the same adapters. Trains and writes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +17,57 @@ from marft_graph.config import TrainConfig
 from marft_graph.data import as_examples
 from marft_graph.deploy.export import read_manifest
 from marft_graph.engine.local import LocalEngine
-from marft_graph.errors import ExportError, UnknownNodeError
+from marft_graph.episode import Episode
+from marft_graph.errors import EpisodesFailedError, ExportError, UnknownNodeError
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
 from marft_graph.names import adapter_name
 from marft_graph.policy.adapters import Policy
+from marft_graph.rollout.rewards import RewardFunction
 from marft_graph.rollout.runner import run_episodes
-from marft_graph.trainer import EVAL_SEED, Evaluation, RewardFunction, summarize
+
+EVAL_SEED = 2**31 - 1
+"""Every evaluation samples with it, so that evaluations of a run compare like with like."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Returns of the current policy on held-out examples."""
+
+    return_mean: float
+    return_stderr: float
+    """Standard error of the mean over examples."""
+    returns: tuple[float, ...]
+    episodes: int
+    """Episodes started; failed ones have no return."""
+    episodes_failed: int
+    failed_by_reason: Mapping[str, int]
+    greedy: bool
+
+
+def summarize(episodes: Sequence[Episode], *, greedy: bool) -> Evaluation:
+    """Mean return over the episodes that did not fail, and what failed."""
+    returns = tuple(episode.total_reward for episode in episodes if episode.ok)
+    if not returns:
+        raise EpisodesFailedError(
+            f"all {len(episodes)} evaluation episodes failed; the first: {episodes[0].error}"
+        )
+    deviation = statistics.stdev(returns) if len(returns) > 1 else 0.0
+    return Evaluation(
+        return_mean=statistics.fmean(returns),
+        return_stderr=deviation / len(returns) ** 0.5,
+        returns=returns,
+        episodes=len(episodes),
+        episodes_failed=len(episodes) - len(returns),
+        failed_by_reason=failure_reasons(episodes),
+        greedy=greedy,
+    )
+
+
+def failure_reasons(episodes: Sequence[Episode]) -> dict[str, int]:
+    """How many episodes failed for each reason, the most frequent first."""
+    counts = Counter(e.status.removeprefix("failed: ") for e in episodes if not e.ok)
+    return dict(counts.most_common())
 
 
 def evaluate_export(

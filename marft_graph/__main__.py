@@ -1,0 +1,5 @@
+"""`python -m marft_graph`: the command line."""
+
+from marft_graph.cli import main
+
+main()

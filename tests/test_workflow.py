@@ -1,0 +1,153 @@
+"""Loading of targets: what is found, and what a user is told where it is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from langgraph.graph import StateGraph
+from langgraph.pregel import Pregel
+
+from marft_graph.errors import WorkflowError
+from marft_graph.workflow import load_target
+
+APP = """
+from typing import TypedDict
+from langgraph.graph import END, START, StateGraph
+
+class State(TypedDict):
+    text: str
+
+builder = StateGraph(State)
+builder.add_node("only", lambda state: {"text": "done"})
+builder.add_edge(START, "only")
+builder.add_edge("only", END)
+graph = builder.compile()
+
+def make_graph():
+    return builder.compile()
+
+def make_with_config(config):
+    return builder.compile()
+
+def needs_two(one, two):
+    return graph
+
+def raises():
+    raise RuntimeError("no key")
+"""
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Path:
+    path = tmp_path / "app.py"
+    path.write_text(APP)
+    return path
+
+
+@pytest.mark.parametrize("name", ["graph", "make_graph", "make_with_config"])
+def test_a_graph_is_a_variable_or_made_by_a_function(app: Path, name: str) -> None:
+    assert isinstance(load_target(f"{app}:{name}").graph, Pregel)
+
+
+def test_without_a_name_the_variable_is_graph(app: Path) -> None:
+    assert isinstance(load_target(str(app)).graph, Pregel)
+
+
+def test_an_uncompiled_builder_is_found(app: Path) -> None:
+    assert isinstance(load_target(f"{app}:builder").graph, StateGraph)
+
+
+def test_a_langgraph_json_names_its_graph(app: Path) -> None:
+    manifest = app.parent / "langgraph.json"
+    manifest.write_text(json.dumps({"graphs": {"one": "./app.py:graph", "two": "app.py:graph"}}))
+    assert load_target(f"{manifest}:one").name == "one"
+    assert load_target(f"{app.parent}/langgraph.json:two").name == "two"
+    with pytest.raises(WorkflowError, match=r"has 2 graphs; say which: .*:one, .*:two"):
+        load_target(str(manifest))
+    with pytest.raises(WorkflowError, match="no graph 'three'; it has one, two"):
+        load_target(f"{manifest}:three")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("./app.py:grph", r"app\.py \(named in .*langgraph\.json\) has no variable 'grph'; its"),
+        ("./gone.py:graph", r"names \./gone\.py, which does not exist"),
+        ("./app.py", r"it must be file\.py:variable"),
+    ],
+)
+def test_a_langgraph_json_that_names_what_is_not_there(app: Path, entry: str, message: str) -> None:
+    manifest = app.parent / "langgraph.json"
+    manifest.write_text(json.dumps({"graphs": {"main": entry}}))
+    with pytest.raises(WorkflowError, match=message):
+        load_target(str(manifest))
+
+
+def test_a_langgraph_json_without_graphs_shows_what_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "langgraph.json").write_text("{}")
+    with pytest.raises(WorkflowError, match=r'must hold {"graphs"'):
+        load_target(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("graf", "no variable 'graf'; its graphs are: builder, graph"),
+        ("needs_two", "needs_two needs arguments"),
+        ("raises", r"app\.py, line 24: RuntimeError: no key"),
+    ],
+)
+def test_a_variable_that_is_no_graph_is_named(app: Path, name: str, message: str) -> None:
+    with pytest.raises(WorkflowError, match=message):
+        load_target(f"{app}:{name}")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x = 1\nimport not_installed_at_all\n", r"line 2: ModuleNotFoundError.*pip install"),
+        ("x = 1\n\ndef broken(:\n", r"line 3: invalid syntax"),
+        ("x = 1\ny = x / 0\n", r"line 2: ZeroDivisionError"),
+        ("raise SystemExit('set OPENAI_API_KEY')\n", r"line 1: SystemExit: set OPENAI_API_KEY"),
+    ],
+)
+def test_an_error_in_the_users_file_comes_with_its_line(
+    tmp_path: Path, source: str, message: str
+) -> None:
+    path = tmp_path / "app.py"
+    path.write_text(source)
+    with pytest.raises(WorkflowError, match=message):
+        load_target(f"{path}:graph")
+
+
+def test_a_folder_without_a_graph_and_a_path_that_is_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(WorkflowError, match=r"no graph\.py and no langgraph\.json"):
+        load_target(str(tmp_path))
+    with pytest.raises(WorkflowError, match="does not exist; give a workflow folder"):
+        load_target(str(tmp_path / "gone"))
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(WorkflowError, match="neither a Python file"):
+        load_target(str(tmp_path / "notes.txt"))
+
+
+def test_a_relative_base_model_is_one_beside_the_config(app: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "flow"
+    (folder / "model").mkdir(parents=True)
+    (folder / "graph.py").write_text(APP)
+    (folder / "config.yaml").write_text("base_model: model\nseed: 3\n")
+    workflow = load_target(str(folder))
+    assert workflow.settings == {"base_model": str((folder / "model").resolve()), "seed": 3}
+    assert workflow.reward is None
+
+
+def test_two_workflows_with_files_of_the_same_name_do_not_mix(tmp_path: Path) -> None:
+    loaded = []
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "graph.py").write_text(APP)
+        (folder / "task.py").write_text(f"def reward(example, state):\n    return {name!r}\n")
+        loaded.append(load_target(str(folder)))
+    assert [w.reward({}, {}) for w in loaded if w.reward] == ["a", "b"]
