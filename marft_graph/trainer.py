@@ -131,6 +131,7 @@ class Trainer:
         self._engine = LocalEngine(self.policy, max_batch_size=self.config.max_batch_size)
         self._order = ExampleOrder(len(self._train), self.config.seed)
         self._stop = threading.Event()
+        self._known_greedy: set[str] = set()
         self.iteration = 0
         if resume:
             self._resume()
@@ -232,6 +233,7 @@ class Trainer:
         )
         rolled_out = time.perf_counter()
         self._refuse_failures(episodes)
+        self._refuse_greedy(episodes)
         stats = self._learner.update(episodes, self.iteration)
         self._engine.publish(self.iteration)
         updated = time.perf_counter()
@@ -288,6 +290,23 @@ class Trainer:
             f"than max_failed_share={self.config.max_failed_share} allows: {reasons}. "
             f"The first: {failed[0].error}"
         )
+
+    def _refuse_greedy(self, episodes: Sequence[Episode]) -> None:
+        """A call at temperature 0 was no choice of the policy: nothing can be learnt from it."""
+        sampled: dict[str, bool] = {}
+        for call in (call for episode in episodes if episode.ok for call in episode.calls):
+            sampled[call.node] = sampled.get(call.node, False) or call.temperature > 0
+        greedy = [node for node, is_sampled in sampled.items() if not is_sampled]
+        if not greedy or set(greedy) == self._known_greedy:
+            return
+        self._known_greedy = set(greedy)
+        text = (
+            f"{', '.join(greedy)} cannot learn: the app calls the model with temperature 0 there. "
+            "Set temperature to 1.0 to sample in training (the app keeps its own outside)"
+        )
+        if len(greedy) == len(sampled):
+            raise ConfigError(text)
+        logger.warning("%s; the other nodes are trained", text)
 
     # Evaluation and the run folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Annotated, Any, TypedDict
 
 from langchain_core.messages import HumanMessage, SystemMessage
@@ -25,6 +26,19 @@ def _plan(state: DuoState) -> dict[str, str]:
     return {"plan": model.invoke([SystemMessage("Plan."), HumanMessage(state["question"])]).text}
 
 
+def _plan_greedily(state: DuoState) -> dict[str, str]:
+    return {"plan": _careful().invoke(state["question"]).text}
+
+
+def _act_greedily(state: DuoState) -> dict[str, str]:
+    return {"answer": _careful().invoke(state["plan"] or "nothing").text}
+
+
+def _careful() -> ChatOpenAI:
+    """A model made inside the node, which asks for temperature 0."""
+    return ChatOpenAI(model="gpt-4o-mini", api_key="not-set", temperature=0)
+
+
 async def _act(state: DuoState) -> dict[str, str]:
     reply = await model.ainvoke([HumanMessage(f"{state['question']} {state['plan']}")])
     return {"answer": reply.text}
@@ -34,11 +48,12 @@ def _act_now(state: DuoState) -> dict[str, str]:
     return {"answer": model.invoke([HumanMessage(f"{state['question']} {state['plan']}")]).text}
 
 
-def duo(*, sync: bool = False) -> Any:
+def duo(*, sync: bool = False, greedy: Collection[str] = ()) -> Any:
     """A planner (sync) and an actor (async, unless `sync`) in a chain."""
     builder = StateGraph(DuoState)
-    builder.add_node("planner", _plan)
-    builder.add_node("actor", _act_now if sync else _act)
+    builder.add_node("planner", _plan_greedily if "planner" in greedy else _plan)
+    act = _act_greedily if "actor" in greedy else _act_now if sync else _act
+    builder.add_node("actor", act)
     builder.add_edge(START, "planner")
     builder.add_edge("planner", "actor")
     builder.add_edge("actor", END)

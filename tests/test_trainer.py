@@ -292,3 +292,31 @@ def test_nodes_that_raise_are_dropped_and_counted(make: Callable[..., Trainer]) 
     assert row["episodes_failed"] == 2
     assert list(row["failed_by_reason"].values()) == [2]
     assert "ValueError" in next(iter(row["failed_by_reason"]))
+
+
+def test_a_node_that_the_app_makes_greedy_is_warned_of_and_not_trained(
+    make: Callable[..., Trainer], tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with make(duo(greedy=["planner"])) as trainer:
+        before = adapters(trainer)
+        trainer.train(progress=False)
+        after = adapters(trainer)
+    assert [r.message for r in caplog.records if "planner cannot learn" in r.message] == [
+        "planner cannot learn: the app calls the model with temperature 0 there. Set temperature to "
+        "1.0 to sample in training (the app keeps its own outside); the other nodes are trained"
+    ]
+    moved = {name.split("/")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"actor"}
+
+
+def test_an_app_that_is_greedy_everywhere_is_refused_with_what_to_set(
+    make: Callable[..., Trainer], tiny_model: Path
+) -> None:
+    app = duo(greedy=["planner", "actor"])
+    with (
+        make(app) as trainer,
+        pytest.raises(ConfigError, match="Set temperature to 1.0 to sample in training"),
+    ):
+        trainer.train(progress=False)
+    with make(app, config=config(tiny_model, temperature=1.0), run="sampled") as trainer:
+        trainer.train(progress=False)

@@ -18,6 +18,7 @@ from langchain_core.runnables import Runnable
 from langgraph.pregel import Pregel
 
 _DEPTH = 6
+_LIBRARIES = ("langchain", "langchain_core", "langgraph")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,13 +42,22 @@ def inspect_node(bound: Any) -> Findings:
     models, graphs = [], []
     mentions: set[str] = set()
     for value in _reachable(bound, seen, _DEPTH):
-        if isinstance(value, BaseChatModel):
+        if isinstance(value, BaseChatModel) or _makes_model(value):
             models.append(value)
         elif isinstance(value, Pregel):
             graphs.append(value)
         elif isinstance(value, types.CodeType):
             mentions.update(value.co_names)
     return Findings(bool(models), tuple(graphs), frozenset(mentions))
+
+
+def _makes_model(value: Any) -> bool:
+    """Whether calling it makes a chat model: a model's class, or LangChain's `init_chat_model`."""
+    if isinstance(value, type):
+        return issubclass(value, BaseChatModel) and not inspect.isabstract(value)
+    return isinstance(value, types.FunctionType) and (
+        value.__name__ == "init_chat_model" and value.__module__.startswith("langchain")
+    )
 
 
 def _reachable(value: Any, seen: set[int], depth: int) -> Iterator[Any]:
@@ -90,6 +100,8 @@ def _function_parts(function: types.FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
         except ValueError:  # not filled yet: a name that is assigned later
             continue
+    if _package(function.__module__) in _LIBRARIES:
+        return  # its globals are the library's own business; what a user gave it is in its closure
     for code in _codes(function.__code__):
         for name in code.co_names:
             if name in function.__globals__:
@@ -109,8 +121,12 @@ def _is_users_object(value: Any) -> bool:
     return not (
         inspect.ismodule(value)
         or isinstance(value, type)
-        or module.partition(".")[0] in ("builtins", "langchain_core", "langgraph", "pydantic", "re")
+        or _package(module) in (*_LIBRARIES, "builtins", "pydantic", "re")
     )
+
+
+def _package(module: str | None) -> str:
+    return (module or "").partition(".")[0]
 
 
 def _attributes(value: Any) -> Iterator[Any]:
