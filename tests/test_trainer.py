@@ -301,10 +301,9 @@ def test_a_node_that_the_app_makes_greedy_is_warned_of_and_not_trained(
         before = adapters(trainer)
         trainer.train(progress=False)
         after = adapters(trainer)
-    assert [r.message for r in caplog.records if "planner cannot learn" in r.message] == [
-        "planner cannot learn: the app calls the model with temperature 0 there. Set temperature to "
-        "1.0 to sample in training (the app keeps its own outside); the other nodes are trained"
-    ]
+    (warning,) = [r.message for r in caplog.records if "planner cannot learn" in r.message]
+    assert "temperature 0 there. Set temperature to 1.0 to sample in training" in warning
+    assert warning.endswith("the other nodes are trained")
     moved = {name.split("/")[0] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"actor"}
 
@@ -315,7 +314,7 @@ def test_an_app_that_is_greedy_everywhere_is_refused_with_what_to_set(
     app = duo(greedy=["planner", "actor"])
     with (
         make(app) as trainer,
-        pytest.raises(ConfigError, match="Set temperature to 1.0 to sample in training"),
+        pytest.raises(ConfigError, match=r"Set temperature to 1\.0 to sample"),
     ):
         trainer.train(progress=False)
     with make(app, config=config(tiny_model, temperature=1.0), run="sampled") as trainer:
