@@ -63,6 +63,9 @@ class TaskWatch(BaseCallbackHandler):
     """Follows the runs of graph tasks by LangChain's callbacks."""
 
     run_inline = True  # before the node's own code, on the event loop
+    # Chains are all it follows; left on, LangChain prepares the others' events for nobody.
+    ignore_llm = ignore_chat_model = ignore_agent = ignore_retriever = True
+    ignore_retry = ignore_custom_event = True
 
     def __init__(self) -> None:
         self.failures: list[tuple[BaseException, str]] = []
