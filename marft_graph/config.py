@@ -123,6 +123,9 @@ class TrainConfig:
         "action level: how an action's log-prob is scaled (not, by its tokens, by its words)",
     )
     learning_rate: float = setting(1e-4, "AdamW step of the adapters", above=0)
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "the adapters' step over the iterations: constant, or falling towards 0"
+    )
     critic_learning_rate: float = setting(1e-3, "AdamW step of the value heads", above=0)
     critic_epochs: int = setting(
         8, "passes of a value head over an iteration's states; they are computed once", at_least=1

@@ -355,10 +355,13 @@ class Trainer:
                 f"{self.run_dir} has no checkpoint that verifies; nothing to resume"
             )
         saved = read_yaml(self.run_dir / "config.yaml")
+        free = _FREE_ON_RESUME
+        if self.config.learning_rate_schedule != "constant":
+            free -= {"iterations"}  # it shapes the schedule
         changed = {
             name: (saved.get(name), value)
             for name, value in self.config.to_dict().items()
-            if name not in _FREE_ON_RESUME and saved.get(name) != value
+            if name not in free and saved.get(name) != value
         }
         if changed:
             lines = ", ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items())

@@ -182,6 +182,17 @@ def test_resuming_with_other_mathematics_is_refused(
         make(voters(), resume=True)
 
 
+def test_a_run_with_a_schedule_keeps_its_length_when_resumed(
+    make: Callable[..., Trainer], tiny_model: Path
+) -> None:
+    falling = config(tiny_model, learning_rate_schedule="linear", checkpoint_every=1)
+    with make(config=falling) as trainer:
+        trainer.train(progress=False)
+    longer = config(tiny_model, learning_rate_schedule="linear", checkpoint_every=1, iterations=3)
+    with pytest.raises(ConfigError, match="iterations: 2 -> 3"):
+        make(config=longer, resume=True)
+
+
 def test_a_used_run_folder_is_never_overwritten_unasked(make: Callable[..., Trainer]) -> None:
     result = make().train(progress=False)
     with pytest.raises(CheckpointError, match="not empty"):

@@ -16,6 +16,7 @@ from marft_graph.episode import Call, Episode
 from marft_graph.learn.batches import collate, microbatches, token_offsets
 from marft_graph.learn.credit import AgentBatch, assign_advantages
 from marft_graph.learn.losses import action_logprobs, kl_k3, policy_loss, value_loss
+from marft_graph.learn.schedule import rate_share
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.critic import ValueHead
 from marft_graph.policy.logprobs import token_logprobs
@@ -160,6 +161,9 @@ class Learner:
 
     def _update_adapter(self, agent: str, batch: AgentBatch, iteration: int) -> AgentStats:
         settings = self._settings
+        share = rate_share(settings.learning_rate_schedule, iteration, settings.iterations)
+        for group in self.optimizers[agent].param_groups:
+            group["lr"] = settings.learning_rate * share
         # A greedy call was no sample of the policy: there is no ratio to learn from.
         learnable = [i for i, call in enumerate(batch.calls) if call.temperature > 0]
         totals: dict[str, list[float]] = {}

@@ -158,3 +158,16 @@ def test_state_round_trips_through_flat_tensors(tiny_model: Path) -> None:
     own.update(episodes, iteration=2)
     other.update(episodes, iteration=2)
     assert same(weights(policy, "actor"), weights(other_policy, "actor"))
+
+
+def test_the_schedule_scales_the_step(tiny_model: Path) -> None:
+    """AdamW's first step is the rate times the gradient's sign: half the rate, half the way."""
+    moved = []
+    for schedule, iteration in (("constant", 3), ("linear", 3)):
+        policy, own = learner(tiny_model, learning_rate_schedule=schedule, iterations=4)
+        before = weights(policy, "actor")
+        own.update(sampled_episodes(policy, 8), iteration)
+        after = weights(policy, "actor")
+        steps = [(b - a).abs().max() for a, b in zip(before, after, strict=True)]
+        moved.append(max(steps))
+    assert moved[1] / moved[0] == pytest.approx(0.5, rel=1e-3)

@@ -45,6 +45,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 END = "<|end|>"
+PART = 16
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -119,8 +120,8 @@ def pretrain(
         targets = sum(len(ids) - start for ids, start in examples)
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
-        for first in range(0, batch, batch // 2):  # two lengths: less padding
-            part = summed_loss(model, examples[first : first + batch // 2]) / targets
+        for first in range(0, batch, PART):  # of similar length: less padding
+            part = summed_loss(model, examples[first : first + PART]) / targets
             part.backward()
             loss += part.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -220,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--steps", type=int, default=5600, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=32, help="conversations in a step")
+    parser.add_argument("--batch", type=int, default=48, help="conversations in a step")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
