@@ -1,4 +1,4 @@
-"""Learning rates over a run: a pure function of the iteration, so that a resumed run needs no state."""
+"""Learning rates over a run: a function of the iteration, so that a resumed run needs no state."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from marft_graph.engine.base import Engine, SupportsGate
 from marft_graph.episode import Call, Episode, Reward
 from marft_graph.errors import EpisodeTimeoutError
 from marft_graph.names import adapter_name, agent_path
+from marft_graph.rollout.collector import fewer_collections
 from marft_graph.rollout.inputs import InputFunction, checked_graph, graph_inputs
 from marft_graph.rollout.intercept import intercepting
 from marft_graph.rollout.quiescence import Quiescence
@@ -204,7 +205,8 @@ class _Rollout:
             gated.use_gate(quiescence)
         loop = quiescence.loop
         try:
-            return loop.run_until_complete(self._all(plans, quiescence))
+            with fewer_collections():
+                return loop.run_until_complete(self._all(plans, quiescence))
         finally:
             if gated is not None:
                 gated.use_gate(None)
