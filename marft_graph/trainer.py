@@ -154,9 +154,9 @@ class Trainer:
             before = self._evaluate_both(log, "before") if self.iteration == 0 else (None, None)
             while self.iteration < self.config.iterations and not self._stop.is_set():
                 row = self._iterate()
-                if _due(self.config.eval_every, self.iteration, self.config.iterations):
-                    row |= self._evaluation_row(self.evaluate())
                 log.write(row)
+                if _due(self.config.eval_every, self.iteration, self.config.iterations):
+                    row |= self._log_evaluation(log, self.evaluate())
                 bar.update(row)
                 if _due(self.config.checkpoint_every, self.iteration, self.config.iterations):
                     self._checkpoint(row.get("eval_return"))
@@ -313,22 +313,27 @@ class Trainer:
     def _evaluate_both(
         self, log: MetricsLog, when: str
     ) -> tuple[Evaluation | None, Evaluation | None]:
-        """Sampled and greedy evaluation, with traces; before training also metrics row 0."""
+        """Sampled and greedy evaluation, with traces."""
         if self._eval is None:
             return None, None
         sampled = self.evaluate(name=f"eval_{when}")
         greedy = self.evaluate(greedy=True, name=f"eval_{when}_greedy")
-        row = {"iteration": self.iteration, **self._evaluation_row(sampled)}
-        log.write_evaluation(row | {"eval_return_greedy": greedy.return_mean})
+        self._log_evaluation(log, sampled, eval_return_greedy=greedy.return_mean)
         return sampled, greedy
 
-    def _evaluation_row(self, evaluation: Evaluation) -> dict[str, Any]:
-        return {
+    def _log_evaluation(
+        self, log: MetricsLog, evaluation: Evaluation, **more: float
+    ) -> dict[str, Any]:
+        row = {
+            "iteration": self.iteration,
             "eval_return": evaluation.return_mean,
             "eval_stderr": evaluation.return_stderr,
             "eval_episodes": evaluation.episodes,
             "eval_episodes_failed": evaluation.episodes_failed,
+            **more,
         }
+        log.write_evaluation(row)
+        return row
 
     def _open_run_folder(self) -> MetricsLog:
         settings = {**self.config.to_dict(), **self._extra_settings}

@@ -24,7 +24,7 @@ from marft_graph.errors import (
     RewardError,
     UnknownNodeError,
 )
-from marft_graph.run.tracking import read_metrics
+from marft_graph.run.tracking import read_evaluations, read_metrics
 from tests.apps import duo, voters
 
 EXAMPLES = [{"question": "q" * (1 + i % 5), "answer": str(i)} for i in range(12)]
@@ -92,8 +92,8 @@ def test_a_run_leaves_what_the_readme_promises(make: Callable[..., Trainer]) -> 
         "export",
     } <= names
     rows = read_metrics(result.run_dir)
-    assert [row["iteration"] for row in rows] == [0, 1, 2]
-    for row in rows[1:]:
+    assert [row["iteration"] for row in rows] == [1, 2]
+    for row in rows:
         assert row["episodes"] == 8
         assert row["episodes_failed"] == 0
         assert row["tokens_sampled"] > 0
@@ -104,6 +104,7 @@ def test_a_run_leaves_what_the_readme_promises(make: Callable[..., Trainer]) -> 
     assert "eval_return" in rows[-1]
     assert result.after is not None
     assert rows[-1]["eval_return"] == result.after.return_mean
+    assert [row["iteration"] for row in read_evaluations(result.run_dir)] == [0, 1, 2]
 
 
 def test_the_same_seed_gives_the_same_metrics(
@@ -131,7 +132,7 @@ def test_training_changes_nothing_of_langchain_and_nothing_of_the_app(
 
 def test_voters_with_one_prompt_are_all_trained(make: Callable[..., Trainer]) -> None:
     trainer = make(voters())
-    row = read_metrics(trainer.train(progress=False).run_dir)[1]
+    row = read_metrics(trainer.train(progress=False).run_dir)[0]
     assert row["agents"]["voter"]["calls"] == 3 * 8
     assert row["agents"]["aggregator"]["calls"] == 8
 
@@ -146,7 +147,7 @@ def test_only_the_nodes_asked_for_are_trained(
     monkeypatch.setattr(tests.apps, "model", FakeListChatModel(responses=["own"]))
     trainer = make(config=config(tiny_model, nodes=("actor",)))
     assert trainer.policy.agents == ("actor",)
-    assert set(read_metrics(trainer.train(progress=False).run_dir)[1]["agents"]) == {"actor"}
+    assert set(read_metrics(trainer.train(progress=False).run_dir)[0]["agents"]) == {"actor"}
 
 
 def test_resuming_gives_the_uninterrupted_run(
@@ -298,7 +299,7 @@ def test_nodes_that_raise_are_dropped_and_counted(make: Callable[..., Trainer]) 
     builder = graph.builder
     builder.add_node("check", sometimes)
     builder.add_edge("actor", "check")
-    row = read_metrics(make(builder.compile()).train(progress=False).run_dir)[1]
+    row = read_metrics(make(builder.compile()).train(progress=False).run_dir)[0]
     assert row["episodes"] == 8
     assert row["episodes_failed"] == 2
     assert list(row["failed_by_reason"].values()) == [2]

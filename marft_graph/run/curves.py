@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from marft_graph.run.tracking import read_metrics
+from marft_graph.run.tracking import read_evaluations, read_metrics
 
 _COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#db2777")
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 420, 220, 48, 28, 26
@@ -76,7 +76,7 @@ def line_chart(title: str, curves: Sequence[Curve]) -> str:
 
 
 def plot_learning_curves(run_dirs: Sequence[Path], out: Path, *, title: str = "") -> Path:
-    """A PNG of the training return over iterations: each run thin, their mean thick.
+    """A PNG of the return over iterations: training runs thin, their mean thick, held-out as dots.
 
     Args:
         run_dirs: run folders, say one for each seed.
@@ -94,9 +94,21 @@ def plot_learning_curves(run_dirs: Sequence[Path], out: Path, *, title: str = ""
         rows = [row for row in read_metrics(run_dir) if row.get("return_mean") is not None]
         curves.append({row["iteration"]: row["return_mean"] for row in rows})
         axes.plot(list(curves[-1]), list(curves[-1].values()), color="#2563eb", alpha=0.25, lw=1)
+        held_out = read_evaluations(run_dir)
+        axes.plot(
+            [row["iteration"] for row in held_out],
+            [row["eval_return"] for row in held_out],
+            "o",
+            color="#ea580c",
+            alpha=0.6,
+            ms=4,
+            label="held-out problems" if run_dir == run_dirs[0] else None,
+        )
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
     means = [sum(curve[i] for curve in curves) / len(curves) for i in shared]
-    axes.plot(shared, means, color="#2563eb", lw=2.2, label=f"mean of {len(curves)} seeds")
+    axes.plot(
+        shared, means, color="#2563eb", lw=2.2, label=f"training, mean of {len(curves)} seeds"
+    )
     axes.set(xlabel="iteration", ylabel="return", ylim=(0, 1.02), title=title)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, loc="lower right")

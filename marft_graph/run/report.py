@@ -19,7 +19,7 @@ from marft_graph.errors import CheckpointError
 from marft_graph.graph.draw import to_svg
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.run.curves import Curve, line_chart
-from marft_graph.run.tracking import read_metrics
+from marft_graph.run.tracking import read_evaluations, read_metrics
 from marft_graph.run.trajectories import read_traces
 
 _STYLE = """
@@ -50,7 +50,7 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         CheckpointError: the folder has no graph.json, or its metrics or traces are damaged.
     """
-    rows = read_metrics(run_dir)
+    rows, evaluations = read_metrics(run_dir), read_evaluations(run_dir)
     try:
         graph = json.loads((run_dir / "graph.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -63,12 +63,12 @@ def write_report(run_dir: Path) -> Path:
     )
     parts = [
         f"<h1>{html.escape(run_dir.resolve().name)}</h1>",
-        _headline(rows, before, after),
+        _headline(rows, evaluations, before, after),
         "<h2>Dependency graph</h2>",
         f'<div class="wide">{to_svg(flex_mg)}</div>',
         '<p class="soft">Boxes are agents, grey boxes environment nodes. Black arrows say what '
         "runs next (dashed: on a condition), orange arcs whose output an agent may observe.</p>",
-        _curves(rows, flex_mg),
+        _curves(rows, evaluations),
         _spending(rows),
         _failures(rows),
         _samples(before, after),
@@ -88,14 +88,16 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _headline(
-    rows: Sequence[Mapping[str, Any]], before: Sequence[Episode], after: Sequence[Episode]
+    rows: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+    before: Sequence[Episode],
+    after: Sequence[Episode],
 ) -> str:
     """Held-out return before and after, and whether the difference is more than noise."""
-    evaluated = [row for row in rows if row.get("eval_return") is not None]
-    if len(evaluated) < 2:
+    if len(evaluations) < 2:
         done = rows[-1]["iteration"] if rows else 0
         return f"<p>{done} iterations; no two evaluations to compare yet.</p>"
-    first, last = evaluated[0], evaluated[-1]
+    first, last = evaluations[0], evaluations[-1]
     lines = [
         f'<p class="big">Held-out return {first["eval_return"]:.3f} → '
         f"<b>{last['eval_return']:.3f}</b> sampled"
@@ -142,15 +144,13 @@ def _paired(before: Sequence[Episode], after: Sequence[Episode]) -> list[float]:
     return [e.total_reward - old[e.example_index] for e in after if e.ok and e.example_index in old]
 
 
-def _curves(rows: Sequence[Mapping[str, Any]], flex_mg: FlexMG) -> str:
-    trained = [row for row in rows if row.get("agents")]
-    evaluated = [row for row in rows if row.get("eval_return") is not None]
+def _curves(trained: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> str:
     charts = [
         line_chart(
             "Return",
             [
                 Curve("training", _points(trained, "return_mean")),
-                Curve("held-out", _points(evaluated, "eval_return")),
+                Curve("held-out", _points(evaluations, "eval_return")),
             ],
         )
     ]
@@ -183,13 +183,12 @@ def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, f
 
 
 def _spending(rows: Sequence[Mapping[str, Any]]) -> str:
-    trained = [row for row in rows if "seconds_rollout" in row]
-    if not trained:
+    if not rows:
         return ""
-    rollout = sum(row["seconds_rollout"] for row in trained)
-    update = sum(row["seconds_update"] for row in trained)
-    tokens = sum(row["tokens_sampled"] for row in trained)
-    episodes = sum(row["episodes"] for row in trained)
+    rollout = sum(row["seconds_rollout"] for row in rows)
+    update = sum(row["seconds_update"] for row in rows)
+    tokens = sum(row["tokens_sampled"] for row in rows)
+    episodes = sum(row["episodes"] for row in rows)
     return (
         "<h2>Time and tokens</h2><table>"
         f"<tr><th>episodes</th><td>{episodes}</td></tr>"

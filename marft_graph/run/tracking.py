@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: `metrics.jsonl`, and the progress on the terminal.
+"""What a run tells while it goes on: its two logs of figures, and the progress on the terminal.
 
 A row is a plain mapping with an `iteration`; which figures it has is the trainer's business. No
 tracking service is ever contacted.
@@ -24,55 +24,50 @@ from marft_graph.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run folder: one JSON object for each iteration.
+    """The two logs of a run folder.
+
+    `metrics.jsonl` has one JSON object for each iteration; `evaluations.jsonl` one for each
+    evaluation on held-out examples, where iteration 0 is before training. An evaluation's figures
+    are also in the metrics of its iteration.
 
     Rows are strict JSON: a figure that is not finite is written as null, and the row's
     `non_finite` says which it was (`{"agents.actor.loss_policy": "nan"}`).
     """
 
     def __init__(self, run_dir: str | Path) -> None:
-        """Opens the log of a run; a line that an earlier process left unfinished is dropped."""
-        self._path = Path(run_dir) / METRICS
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._path.is_file() and not self._path.read_bytes().endswith(b"\n"):
-            self._rewrite(read_metrics(run_dir))
+        """Opens the logs of a run; a line that an earlier process left unfinished is dropped."""
+        self._metrics = Path(run_dir) / METRICS
+        self._evaluations = Path(run_dir) / EVALUATIONS
+        self._metrics.parent.mkdir(parents=True, exist_ok=True)
+        for path in (self._metrics, self._evaluations):
+            if path.is_file() and not path.read_bytes().endswith(b"\n"):
+                _rewrite(path, _read(path))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one iteration's row, on disk when this returns."""
-        with self._path.open("a", encoding="utf-8") as stream:
+        with self._metrics.open("a", encoding="utf-8") as stream:
             stream.write(_line(row))
             stream.flush()
             os.fsync(stream.fileno())
 
     def write_evaluation(self, row: Mapping[str, Any]) -> None:
-        """Add an evaluation to the row of its iteration; without one it is a row of its own.
-
-        `phase` (before or after training) is left out: the iteration says it.
-        """
-        row = {name: value for name, value in row.items() if name != "phase"}
-        rows = read_metrics(self._path.parent)
-        for known in rows:
+        """Log an evaluation, in place of an earlier one after the same iteration."""
+        others = [r for r in _read(self._evaluations) if r["iteration"] != row["iteration"]]
+        _rewrite(self._evaluations, [*others, row])
+        metrics = _read(self._metrics)
+        for known in metrics:
             if known["iteration"] == row["iteration"]:
                 known.update(row)
-                self._rewrite(rows)
-                return
-        self.write(row)
+                _rewrite(self._metrics, metrics)
 
     def truncate(self, iteration: int) -> None:
         """Drop the rows after `iteration`, as a run does that continues from an older state."""
-        rows = read_metrics(self._path.parent)
-        self._rewrite(row for row in rows if row["iteration"] <= iteration)
-
-    def _rewrite(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        staging = self._path.with_name(METRICS + ".tmp")
-        with staging.open("w", encoding="utf-8") as stream:
-            stream.writelines(_line(row) for row in rows)
-            stream.flush()
-            os.fsync(stream.fileno())
-        staging.replace(self._path)
+        for path in (self._metrics, self._evaluations):
+            _rewrite(path, [row for row in _read(path) if row["iteration"] <= iteration])
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -83,7 +78,24 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: another line is no row; the message has its number.
     """
-    path = Path(run_dir) / METRICS
+    return _read(Path(run_dir) / METRICS)
+
+
+def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's `evaluations.jsonl`, as `read_metrics` reads its own."""
+    return _read(Path(run_dir) / EVALUATIONS)
+
+
+def _rewrite(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    staging = path.with_name(path.name + ".tmp")
+    with staging.open("w", encoding="utf-8") as stream:
+        stream.writelines(_line(row) for row in rows)
+        stream.flush()
+        os.fsync(stream.fileno())
+    staging.replace(path)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     *lines, tail = path.read_bytes().split(b"\n")

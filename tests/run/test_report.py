@@ -107,6 +107,7 @@ def test_the_report_says_before_and_after(tmp_path: Path) -> None:
     assert "<td>128</td>" in page  # episodes
     assert "4.0 s, 250 tokens/s" in page
     assert sorted(entry.name for entry in path.parent.iterdir()) == [
+        "evaluations.jsonl",
         "graph.json",
         "metrics.jsonl",
         "report.html",
@@ -144,7 +145,8 @@ def test_every_chart_is_well_formed(tmp_path: Path) -> None:
 
 def test_an_unfinished_run_has_a_report(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run")
-    (folder / "metrics.jsonl").unlink()
+    for log in ("metrics.jsonl", "evaluations.jsonl"):
+        (folder / log).unlink()
     for trace in (folder / "traces").iterdir():
         trace.unlink()
     assert "0 iterations" in write_report(folder).read_text(encoding="utf-8")

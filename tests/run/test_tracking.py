@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from marft_graph.errors import CheckpointError
-from marft_graph.run.tracking import MetricsLog, TrainingProgress, read_metrics
+from marft_graph.run.tracking import MetricsLog, TrainingProgress, read_evaluations, read_metrics
 
 
 def row(iteration: int, **more: Any) -> dict[str, Any]:
@@ -55,15 +55,16 @@ def test_rows_are_strict_json_and_say_what_was_not_finite(tmp_path: Path) -> Non
     assert back["non_finite"] == {"agents.actor.loss_policy": "nan", "return_mean": "-inf"}
 
 
-def test_an_evaluation_joins_its_iterations_row(tmp_path: Path) -> None:
+def test_an_evaluation_is_logged_and_joins_its_iterations_row(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
-    log.write_evaluation({"iteration": 0, "phase": "before", "eval_return": 0.2})
+    log.write_evaluation({"iteration": 0, "eval_return": 0.2})
     log.write(row(1))
-    log.write_evaluation({"iteration": 1, "phase": "after", "eval_return": 0.9})
-    log.write_evaluation({"iteration": 1, "phase": "after", "eval_return": 0.9})  # continued run
-    assert read_metrics(tmp_path) == [
+    log.write_evaluation({"iteration": 1, "eval_return": 0.8})
+    log.write_evaluation({"iteration": 1, "eval_return": 0.9})  # continued run
+    assert read_metrics(tmp_path) == [row(1, eval_return=0.9)]
+    assert read_evaluations(tmp_path) == [
         {"iteration": 0, "eval_return": 0.2},
-        row(1, eval_return=0.9),
+        {"iteration": 1, "eval_return": 0.9},
     ]
 
 
@@ -71,6 +72,7 @@ def test_a_continued_run_drops_what_came_after_its_checkpoint(tmp_path: Path) ->
     log = MetricsLog(tmp_path)
     for iteration in range(5):
         log.write(row(iteration))
+        log.write_evaluation({"iteration": iteration, "eval_return": 0.5})
     log.truncate(2)
     log.write(row(3, return_mean=0.75))
     assert [(r["iteration"], r["return_mean"]) for r in read_metrics(tmp_path)] == [
@@ -79,7 +81,8 @@ def test_a_continued_run_drops_what_came_after_its_checkpoint(tmp_path: Path) ->
         (2, 0.5),
         (3, 0.75),
     ]
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert [r["iteration"] for r in read_evaluations(tmp_path)] == [0, 1, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "evaluations.jsonl"}
 
 
 def test_a_line_that_a_killed_process_left_unfinished_is_dropped_aloud(
