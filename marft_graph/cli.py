@@ -30,10 +30,20 @@ from marft_graph.errors import (
 
 if TYPE_CHECKING:
     from marft_graph.evaluation import Evaluation
+    from marft_graph.graph.flex_mg import FlexMG
     from marft_graph.trainer import TrainResult
     from marft_graph.workflow import Workflow
 
 _BAD_INPUT = (ConfigError, GraphError, DatasetError, ModelError, WorkflowError)
+# Formats of `inspect`, with the end of a file's name that asks for them.
+_SUFFIXES = {
+    "text": ".txt",
+    "mermaid": ".mmd",
+    "dot": ".dot",
+    "svg": ".svg",
+    "png": ".png",
+    "json": ".json",
+}
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -164,32 +174,52 @@ def evaluate(
 
 @main.command()
 @click.argument("target")
-@click.option("--json", "as_json", is_flag=True, help="Print the compiled graph as JSON.")
-@click.option("--mermaid", is_flag=True, help="Print the graph as a Mermaid diagram.")
-@click.option("--svg", type=_FILE, help="Write the picture of the graph to a file.")
-def inspect(target: str, as_json: bool, mermaid: bool, svg: Path | None) -> None:
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(list(_SUFFIXES)),
+    help="What to show.  [default: text, or what the end of --output says]",
+)
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+@click.option("--output", type=_FILE, help="Write to this file instead of the terminal.")
+@click.option("--force", is_flag=True, help="Replace the output file if there is one.")
+def inspect(
+    target: str, format_: str | None, as_json: bool, output: Path | None, force: bool
+) -> None:
     """Show what would be trained in TARGET, and who observes whom.
 
     TARGET is a workflow folder, a variable in a file (app.py:graph) or a langgraph.json.
     """
-    if as_json and mermaid:
-        raise click.UsageError("--json and --mermaid exclude each other")
+    if as_json and format_ not in (None, "json"):
+        raise click.UsageError(f"--json and --format {format_} exclude each other")
+    chosen = "json" if as_json else format_ or _format_of(output)
+    if chosen == "png" and output is None:
+        raise click.UsageError("a PNG is no text for a terminal; give --output FILE.png")
+    if output is not None and output.exists() and not force:
+        raise click.UsageError(f"{output} exists; give another --output, or --force to replace it")
 
+    from marft_graph.graph import draw, picture
     from marft_graph.graph.compile import compile_graph
-    from marft_graph.graph.draw import summary, to_mermaid, to_svg
     from marft_graph.workflow import load_target
 
     flex_mg = compile_graph(load_target(target).graph)
-    if svg is not None:
-        svg.write_text(to_svg(flex_mg), encoding="utf-8")
-    if as_json:
-        click.echo(json.dumps(flex_mg.to_dict(), indent=2, ensure_ascii=False))
-    elif mermaid:
-        click.echo(to_mermaid(flex_mg))
-    elif svg is None:
-        click.echo(summary(flex_mg))
-    else:
-        click.echo(f"wrote {svg}")
+    if chosen == "png" and output is not None:
+        picture.write_png(flex_mg, output)
+        click.echo(f"wrote {output}")
+        return
+    writers: dict[str, Callable[[FlexMG], str]] = {
+        "text": lambda graph: draw.summary(graph) + "\n",
+        "mermaid": draw.to_mermaid,
+        "dot": draw.to_dot,
+        "svg": picture.to_svg,
+        "json": lambda graph: json.dumps(graph.to_dict(), indent=2, ensure_ascii=False) + "\n",
+    }
+    text = writers[chosen](flex_mg)
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    output.write_text(text, encoding="utf-8")
+    click.echo(f"wrote {output}")
 
 
 @main.command()
@@ -201,6 +231,19 @@ def export(run: Path, out: Path) -> None:
 
     folder = export_run(run, out)
     click.echo(f"adapters: {folder}\n\n{_usage(folder)}")
+
+
+def _format_of(output: Path | None) -> str:
+    """The format that a file's name asks for; text where nothing does."""
+    if output is None:
+        return "text"
+    found = [name for name, suffix in _SUFFIXES.items() if suffix == output.suffix.lower()]
+    if not found:
+        raise click.UsageError(
+            f"cannot tell a format from {output.name!r}; give --format, or an end of "
+            f"{', '.join(_SUFFIXES.values())}"
+        )
+    return found[0]
 
 
 def _load_task(name: str) -> tuple[Workflow, Callable[..., Any], Callable[..., Any]]:

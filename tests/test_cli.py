@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
-from xml.etree import ElementTree
 
 import click
 import pytest
@@ -341,11 +340,40 @@ def test_inspect_prints_json_that_parses(app):
     assert "solver" in json.dumps(shown)
 
 
-def test_inspect_prints_mermaid(app):
-    assert "solver" in marft("inspect", app, "--mermaid").output
+@pytest.mark.parametrize(
+    ("format_", "expected"),
+    [("mermaid", "flowchart TD"), ("dot", '"solver" ->'), ("svg", "<svg"), ("json", '"solver"')],
+)
+def test_inspect_prints_other_formats(app, format_, expected):
+    result = marft("inspect", app, "--format", format_)
+    assert result.exit_code == 0
+    assert expected in result.output
 
 
-def test_inspect_writes_a_well_formed_picture(app, tmp_path):
-    picture = tmp_path / "graph.svg"
-    assert marft("inspect", app, "--svg", picture).exit_code == 0
-    assert ElementTree.parse(picture).getroot().tag.endswith("svg")
+@pytest.mark.parametrize("suffix", ["svg", "png", "dot", "mmd", "json", "txt"])
+def test_inspect_writes_what_the_files_name_says_and_replaces_nothing_unasked(
+    app, tmp_path, suffix
+):
+    output = tmp_path / f"graph.{suffix}"
+    assert marft("inspect", app, "--output", output).exit_code == 0
+    written = output.read_bytes()
+    assert written.startswith(b"\x89PNG") if suffix == "png" else b"solver" in written
+    refused = marft("inspect", app, "--output", output)
+    assert refused.exit_code == 2
+    assert "--force to replace it" in refused.stderr
+    assert marft("inspect", app, "--output", output, "--force").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json", "--format", "svg"], "exclude each other"),
+        (["--format", "png"], "give --output FILE.png"),
+        (["--output", "graph.gif"], "cannot tell a format from 'graph.gif'"),
+        (["--format", "gif"], "'gif' is not one of"),
+    ],
+)
+def test_inspect_refuses_what_it_cannot_do(app, options, message):
+    result = marft("inspect", app, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr

@@ -85,6 +85,18 @@ class FlexMG:
         )
         return control
 
+    @property
+    def control_edges(self) -> tuple[tuple[str, str, str], ...]:
+        """(from, to, kind) of every edge that says what can run next."""
+        edges = self.graph.edges(data=True)
+        return tuple(sorted((a, b, e["kind"]) for a, b, e in edges if e["kind"] != "data"))
+
+    @property
+    def observations(self) -> tuple[tuple[str, str], ...]:
+        """Pairs (i, j) of agents of which i may observe j."""
+        agents = self.agents
+        return tuple((i, j) for i in agents for j in agents if self.dependency(i, j) != "never")
+
     def dependency(self, i: str, j: str) -> Dependency:
         """Whether agent i observes the action of agent j.
 

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from marft_graph.errors import CheckpointError
-from marft_graph.graph.draw import to_svg
 from marft_graph.graph.flex_mg import FlexMG
+from marft_graph.graph.picture import to_svg
 
 
 def claim_run_folder(run_dir: str | Path | None, *, overwrite: bool, resume: bool) -> Path:

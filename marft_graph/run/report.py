@@ -16,8 +16,8 @@ from typing import Any
 
 from marft_graph.episode import Episode
 from marft_graph.errors import CheckpointError
-from marft_graph.graph.draw import to_svg
 from marft_graph.graph.flex_mg import FlexMG
+from marft_graph.graph.picture import to_svg
 from marft_graph.run.curves import Curve, line_chart
 from marft_graph.run.tracking import read_evaluations, read_metrics
 from marft_graph.run.trajectories import read_traces

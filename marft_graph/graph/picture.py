@@ -1,0 +1,174 @@
+"""A Flex-MG as a picture: SVG for pages, and PNG of the same layout for what shows no SVG."""
+
+from __future__ import annotations
+
+import html
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from marft_graph.graph.flex_mg import FlexMG
+from marft_graph.graph.layout import Layout, Place, Point, layout
+
+_STYLE = """
+.text{font:14px system-ui,sans-serif;text-anchor:middle;dominant-baseline:central;fill:#1f2937}
+.agent{fill:#dbeafe;stroke:#2563eb;stroke-width:1.5}
+.environment{fill:#f3f4f6;stroke:#6b7280;stroke-width:1.5}
+.boundary{fill:#6b7280}
+.control{stroke:#4b5563;fill:none;stroke-width:1.5}
+.conditional{stroke:#4b5563;fill:none;stroke-width:1.5;stroke-dasharray:6 4}
+.fan_out{stroke:#4b5563;fill:none;stroke-width:3}
+.observes{stroke:#ea580c;fill:none;stroke-width:1.5;opacity:.75}
+.tip{fill:#4b5563}.observes-tip{fill:#ea580c}
+@media (prefers-color-scheme: dark){
+.text{fill:#f3f4f6}.agent{fill:#1e3a8a;stroke:#93c5fd}.environment{fill:#374151;stroke:#9ca3af}
+.boundary,.tip{fill:#9ca3af}.control,.conditional,.fan_out{stroke:#9ca3af}
+.observes{stroke:#fb923c}.observes-tip{fill:#fb923c}}
+"""
+_ARC_ROOM = 64.0
+_TIP = 7.0
+# Light-page colours of the style above, for PNG: fill and stroke.
+_BOXES = {
+    "agent": ("#dbeafe", "#2563eb"),
+    "environment": ("#f3f4f6", "#6b7280"),
+    "boundary": ("#6b7280", "#6b7280"),
+}
+_STROKES = {
+    "control": ("#4b5563", "-"),
+    "conditional": ("#4b5563", "--"),
+    "fan_out": ("#4b5563", "-"),
+    "observes": ("#ea580c", "-"),
+}
+
+Cubic = tuple[Point, Point, Point, Point]
+"""A Bezier curve: start, two handles, end."""
+
+
+def to_svg(flex_mg: FlexMG) -> str:
+    """A picture for light and dark pages: control flow downward, dependencies as orange arcs."""
+    plan = layout(flex_mg)
+    width = _full_width(flex_mg, plan)
+    shapes = [_svg_way(kind, way) for kind, way in _ways(flex_mg, plan)]
+    for node, place in plan.places.items():
+        shapes.append(_svg_box(node, str(flex_mg.graph.nodes[node]["role"]), place))
+    label = html.escape(f"Dependency graph of {', '.join(flex_mg.agents)}", quote=True)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}" '
+        f'viewBox="0 0 {width:.0f} {plan.height:.0f}" width="{width:.0f}" '
+        f'height="{plan.height:.0f}"><style>{_STYLE}</style>'
+        f"<defs>{_svg_tip('tip')}{_svg_tip('observes-tip')}</defs>{''.join(shapes)}</svg>\n"
+    )
+
+
+def write_png(flex_mg: FlexMG, path: Path) -> None:
+    """The same picture as a PNG in the colours for light pages."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+    from matplotlib.path import Path as Outline
+
+    plan = layout(flex_mg)
+    width = _full_width(flex_mg, plan)
+    figure = plt.figure(figsize=(width / 72, plan.height / 72), dpi=144)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(plan.height, 0))
+    axes.set_axis_off()
+    for kind, way in _ways(flex_mg, plan):
+        colour, line = _STROKES[kind]
+        vertices = [way[0][0], *(point for cubic in way for point in cubic[1:])]
+        codes = [Outline.MOVETO, *[Outline.CURVE4] * (len(vertices) - 1)]
+        arrow = FancyArrowPatch(
+            path=Outline(vertices, codes), arrowstyle="-|>", mutation_scale=10, lw=1.2
+        )
+        arrow.set(linestyle=line, color=colour)
+        axes.add_patch(arrow)
+    for node, place in plan.places.items():
+        role = str(flex_mg.graph.nodes[node]["role"])
+        fill, stroke = _BOXES.get(role, _BOXES["environment"])
+        rounding = min(place.half_height, 18 if role == "agent" else 5)
+        box = FancyBboxPatch(
+            (place.x - place.half_width, place.y - place.half_height),
+            2 * place.half_width,
+            2 * place.half_height,
+            boxstyle=f"round,pad=0,rounding_size={7 if role == 'boundary' else rounding}",
+        )
+        box.set(facecolor=fill, edgecolor=stroke, zorder=3)
+        axes.add_patch(box)
+        if role != "boundary":
+            text = node.replace("$", r"\$")  # else matplotlib reads mathematics
+            axes.text(place.x, place.y, text, ha="center", va="center", fontsize=10, zorder=4)
+    figure.savefig(path, format="png")
+    plt.close(figure)
+
+
+def _full_width(flex_mg: FlexMG, plan: Layout) -> float:
+    return plan.width + (_ARC_ROOM if flex_mg.observations else 0.0)
+
+
+def _ways(flex_mg: FlexMG, plan: Layout) -> Iterator[tuple[str, list[Cubic]]]:
+    """Every line of the picture: its kind and its curves from box to box."""
+    for a, b, kind in flex_mg.control_edges:
+        start, end = plan.places[a], plan.places[b]
+        if end.y > start.y:
+            yield kind, _downward(start, plan.bends.get((a, b), ()), end)
+        else:
+            yield kind, [_back(start, end)]
+    for i, j in flex_mg.observations:
+        if i != j:
+            yield "observes", [_arc(plan.places[j], plan.places[i])]
+
+
+def _downward(start: Place, bends: Sequence[Point], end: Place) -> list[Cubic]:
+    points = [
+        (start.x, start.y + start.half_height),
+        *bends,
+        (end.x, end.y - end.half_height - _TIP),
+    ]
+    return [
+        ((x0, y0), (x0, (y0 + y1) / 2), (x1, (y0 + y1) / 2), (x1, y1))
+        for (x0, y0), (x1, y1) in itertools.pairwise(points)
+    ]
+
+
+def _back(start: Place, end: Place) -> Cubic:
+    """Round the left side: an edge of a loop, or to the node itself."""
+    left, right = start.x - start.half_width, end.x - end.half_width
+    bend = min(left, right) - 22
+    return (left, start.y + 6), (bend, start.y + 6), (bend, end.y - 6), (right - _TIP, end.y - 6)
+
+
+def _arc(source: Place, target: Place) -> Cubic:
+    """Round the right side: from who is observed to who observes."""
+    start, end = source.x + source.half_width, target.x + target.half_width
+    bend = max(start, end) + 46
+    return (start, source.y), (bend, source.y), (bend, target.y), (end + _TIP + 1, target.y)
+
+
+def _svg_way(kind: str, way: Sequence[Cubic]) -> str:
+    def text(point: Point) -> str:
+        return f"{point[0]:.1f},{point[1]:.1f}"
+
+    curves = " ".join(f"C{text(c[1])} {text(c[2])} {text(c[3])}" for c in way)
+    tip = "observes-tip" if kind == "observes" else "tip"
+    return f'<path class="{kind}" d="M{text(way[0][0])} {curves}" marker-end="url(#{tip})"/>'
+
+
+def _svg_box(node: str, role: str, place: Place) -> str:
+    if role == "boundary":
+        return f'<circle class="boundary" cx="{place.x:.1f}" cy="{place.y:.1f}" r="7"/>'
+    return (
+        f'<rect class="{role}" x="{place.x - place.half_width:.1f}" '
+        f'y="{place.y - place.half_height:.1f}" width="{2 * place.half_width:.1f}" '
+        f'height="{2 * place.half_height:.1f}" rx="{18 if role == "agent" else 4}"/>'
+        f'<text class="text" x="{place.x:.1f}" y="{place.y:.1f}">{html.escape(node)}</text>'
+    )
+
+
+def _svg_tip(name: str) -> str:
+    return (
+        f'<marker id="{name}" viewBox="0 0 8 8" refX="1" refY="4" markerWidth="8" markerHeight="8" '
+        f'markerUnits="userSpaceOnUse" orient="auto"><path class="{name}" d="M0,0 L8,4 L0,8 z"/>'
+        "</marker>"
+    )
