@@ -42,6 +42,7 @@ _SUFFIXES = {
     "dot": ".dot",
     "svg": ".svg",
     "png": ".png",
+    "html": ".html",
     "json": ".json",
 }
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -181,10 +182,23 @@ def evaluate(
     help="What to show.  [default: text, or what the end of --output says]",
 )
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+@click.option("--run", type=_FOLDER, help="html: show what happened in this run folder as well.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Run a workflow folder's app on 8 examples with scripted answers first: finds agents that "
+    "the code does not show, and counts calls. Its tools and other nodes do run.",
+)
 @click.option("--output", type=_FILE, help="Write to this file instead of the terminal.")
 @click.option("--force", is_flag=True, help="Replace the output file if there is one.")
 def inspect(
-    target: str, format_: str | None, as_json: bool, output: Path | None, force: bool
+    target: str,
+    format_: str | None,
+    as_json: bool,
+    run: Path | None,
+    dry_run: bool,
+    output: Path | None,
+    force: bool,
 ) -> None:
     """Show what would be trained in TARGET, and who observes whom.
 
@@ -195,14 +209,25 @@ def inspect(
     chosen = "json" if as_json else format_ or _format_of(output)
     if chosen == "png" and output is None:
         raise click.UsageError("a PNG is no text for a terminal; give --output FILE.png")
+    if run is not None and chosen != "html":
+        raise click.UsageError(f"--run goes with --format html, not {chosen}")
     if output is not None and output.exists() and not force:
         raise click.UsageError(f"{output} exists; give another --output, or --force to replace it")
 
-    from marft_graph.graph import draw, picture
+    from marft_graph.graph import draw, page, picture
     from marft_graph.graph.compile import compile_graph
     from marft_graph.workflow import load_target
 
-    flex_mg = compile_graph(load_target(target).graph)
+    loaded = load_target(target)
+    flex_mg = compile_graph(
+        loaded.graph, _examples_of(loaded, target) if dry_run else None, loaded.inputs
+    )
+    shown_run: dict[str, Any] = {}
+    if run is not None:
+        from marft_graph.run.overlay import overlays
+        from marft_graph.run.report import timeline_section
+
+        shown_run = {"overlays": overlays(flex_mg, run), "below": timeline_section(run)}
     if chosen == "png" and output is not None:
         picture.write_png(flex_mg, output)
         click.echo(f"wrote {output}")
@@ -212,6 +237,7 @@ def inspect(
         "mermaid": draw.to_mermaid,
         "dot": draw.to_dot,
         "svg": picture.to_svg,
+        "html": lambda graph: page.to_html(graph, title=target, **shown_run),
         "json": lambda graph: json.dumps(graph.to_dict(), indent=2, ensure_ascii=False) + "\n",
     }
     text = writers[chosen](flex_mg)
@@ -231,6 +257,15 @@ def export(run: Path, out: Path) -> None:
 
     folder = export_run(run, out)
     click.echo(f"adapters: {folder}\n\n{_usage(folder)}")
+
+
+def _examples_of(workflow: Workflow, name: str) -> Any:
+    if workflow.load_data is None:
+        raise click.UsageError(
+            f"--dry-run needs examples, and {name} has no task.py with load_data; in Python: "
+            "compile_graph(graph, examples)"
+        )
+    return _loaded(workflow.load_data, workflow.settings.get("dataset"), name)[0]
 
 
 def _format_of(output: Path | None) -> str:

@@ -31,7 +31,7 @@ from marft_graph.episode import Episode
 from marft_graph.errors import CheckpointError, ConfigError, DatasetError, EpisodesFailedError
 from marft_graph.evaluation import EVAL_SEED, Evaluation, failure_reasons, summarize
 from marft_graph.graph.compile import as_compiled, compile_graph
-from marft_graph.graph.flex_mg import FlexMG, resolve_nodes
+from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.learn.update import Learner
 from marft_graph.names import adapter_name
 from marft_graph.policy.adapters import Policy
@@ -105,8 +105,8 @@ class Trainer:
             config if isinstance(config, TrainConfig) else TrainConfig.from_mapping(config)
         )
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
-        self.flex_mg = compile_graph(self.graph)
-        self.nodes = resolve_nodes(self.flex_mg, self.config.nodes or self.flex_mg.agents)
+        self.flex_mg = compile_graph(self.graph).training(self.config.nodes)
+        self.nodes = self.flex_mg.agents
         self._reward = reward
         self._inputs = inputs
         self._train = as_examples(train_dataset, "train_dataset")

@@ -44,6 +44,10 @@ class GenerationRequest:
     order: tuple[Any, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     """Tool schemas in OpenAI form, already rendered into the prompt; scripted engines read them."""
+    tool_choice: Any = None
+    """Which tool the app asks for, as it says it; only scripted engines read it."""
+    response_format: Any = None
+    """A pydantic class or a JSON schema that the app asks for; only scripted engines read it."""
     messages: tuple[BaseMessage, ...] = ()
     """The messages behind `prompt_ids`; only scripted engines read them."""
 

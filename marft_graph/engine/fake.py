@@ -89,7 +89,7 @@ class FakeEngine:
     """An engine that answers from a script.
 
     Args:
-        script: one answer for everything; or a function `(agent, messages)` or
+        script: one answer for everything; or a function `(request)`, `(agent, messages)` or
             `(agent, messages, tools)`; or, for each agent, an answer, a list of answers (used in
             turn, over and over) or such a function. An answer is a text, an `AIMessage` (with tool
             calls, say) or an exception, which the model call raises.
@@ -199,9 +199,9 @@ class FakeEngine:
                 known = ", ".join(map(repr, self._script)) or "nothing"
                 raise EngineError(f"the script has no answer for {agent!r}; it has {known}")
         if callable(answer):
-            messages = list(request.messages)
-            takes_tools = len(inspect.signature(answer).parameters) > 2
-            answer = answer(agent, messages, *([list(request.tools)] if takes_tools else []))
+            given = (agent, list(request.messages), list(request.tools))
+            count = len(inspect.signature(answer).parameters)
+            answer = answer(request) if count == 1 else answer(*given[:count])
         elif isinstance(answer, Sequence) and not isinstance(answer, str):
             turn = self._turns.get(agent, 0)
             self._turns[agent] = turn + 1

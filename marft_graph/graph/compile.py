@@ -1,11 +1,12 @@
 """A LangGraph app compiled into a Flex-MG: nodes and roles, control edges, data dependencies.
 
-Reads the compiled app; runs nothing. What it cannot be certain of it takes to be possible, so that
-`never` is never wrong.
+Reads the compiled app and its source; runs nothing, unless examples are given for a dry run. What
+it cannot be certain of it takes to be possible, so that `never` is never wrong.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import networkx as nx
@@ -14,12 +15,24 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
 
 from marft_graph.errors import GraphError
+from marft_graph.graph.channels import (
+    branch_channels,
+    collects,
+    input_channels,
+    output_channels,
+    read_channels,
+    state_channels,
+)
+from marft_graph.graph.dataflow import Node, Scope, Trigger, flows
 from marft_graph.graph.flex_mg import END, START, FlexMG
 from marft_graph.graph.roles import Findings, inspect_node
+from marft_graph.graph.source import Reading, read_source
 from marft_graph.names import agent_path
 
+App = Pregel[Any, Any, Any, Any]
 
-def as_compiled(app: Any) -> Pregel[Any, Any, Any, Any]:
+
+def as_compiled(app: Any) -> App:
     """The compiled app; a builder is compiled for the user.
 
     Raises:
@@ -38,100 +51,150 @@ def as_compiled(app: Any) -> Pregel[Any, Any, Any, Any]:
     )
 
 
-def compile_graph(graph: Any) -> FlexMG:
+def compile_graph(
+    graph: Any,
+    examples: Iterable[Mapping[str, Any]] | None = None,
+    inputs: Callable[[Mapping[str, Any]], Any] | None = None,
+) -> FlexMG:
     """The Flex-MG of an app: who calls a model, what runs after what, who may observe whom.
 
     Args:
         graph: a compiled LangGraph app, or a StateGraph builder.
+        examples: run the app on the first 8 of them with scripted answers; this finds the agents
+            that the code does not show, and counts each agent's calls. No model is loaded, but the
+            app's tools and other nodes do run.
+        inputs: makes the graph's input from an example, where its keys do not fit.
 
     Raises:
         GraphError: the object is no LangGraph app, or its builder does not compile.
+        DatasetError: no examples, or an example without the graph's input keys.
     """
+    flex_mg = _compile(graph)
+    if examples is None:
+        return flex_mg
+    from marft_graph.rollout.dry_run import add_dry_run  # runs graphs, which needs this module
+
+    return add_dry_run(flex_mg, graph, examples, inputs)
+
+
+def _compile(graph: Any) -> FlexMG:
     compiler = _Compiler()
-    entries, exits = compiler.add(as_compiled(graph), "", set())
+    top = compiler.scope(as_compiled(graph), "", frozenset())
     compiler.graph.add_node(START, role="boundary")
     compiler.graph.add_node(END, role="boundary")
+    entries, exits = compiler.connect(top)
     for node in entries:
         compiler.edge(START, node, "control")
     for node in exits:
         compiler.edge(node, END, "control")
-    compiler.add_data()
-    return FlexMG(compiler.graph)
+    for flow in flows(top):
+        data = {"kind": "data", "channel": flow.channel, "certain": flow.is_certain}
+        compiler.graph.add_edge(flow.source, flow.target, key=f"data:{flow.channel}", **data)
+    return FlexMG(compiler.graph, tuple(sorted(compiler.unread)))
 
 
 class _Compiler:
-    """Adds an app and the graphs inside it to one flat graph of node paths."""
+    """Reads an app and the graphs inside it, and adds them to one flat graph of node paths."""
 
     def __init__(self) -> None:
         self.graph: nx.MultiDiGraph[str] = nx.MultiDiGraph()
-        self._reads: dict[str, frozenset[str]] = {}
-        self._scope: dict[str, str] = {}
+        self.unread: set[str] = set()
 
     def edge(self, source: str, target: str, kind: str) -> None:
         """Add an edge once."""
         if not self.graph.has_edge(source, target, key=kind):
             self.graph.add_edge(source, target, key=kind, kind=kind)
 
-    def add(
-        self, app: Pregel[Any, Any, Any, Any], prefix: str, above: set[int]
-    ) -> tuple[set[str], set[str]]:
-        """Add an app's nodes; the nodes that can run first, and those that can run last."""
+    def scope(self, app: App, prefix: str, above: frozenset[int]) -> Scope:
+        """One graph of the app, with those inside it; vertices are added on the way."""
+        names = [name for name in app.nodes if name not in (START, END)]
+        findings = {name: inspect_node(app.nodes[name].bound) for name in names}
+        readings = {name: read_source(app.nodes[name].bound) for name in names}
+        channels = state_channels(app)
+        nodes = {}
+        for name in names:
+            bound, found, reading = app.nodes[name].bound, findings[name], readings[name]
+            node = nodes[name] = Node(
+                path=prefix + name,
+                reads=read_channels(app, name),
+                may_write=channels if reading.may_write is None else reading.may_write & channels,
+                must_write=reading.must_write & channels,
+                always_calls=found.calls_model and reading.always_calls,
+                is_graph=isinstance(bound, Pregel),
+                hands_over=bool(found.graphs) and _hands_over(found),
+            )
+            if isinstance(app, CompiledStateGraph) and app.builder.nodes[name].cache_policy:
+                node.always_calls = False
+            self._fill(node, found, above | {id(app)})
+        return Scope(
+            nodes=nodes,
+            triggers=_triggers(app, findings, readings, nodes),
+            channels=channels,
+            inputs=input_channels(app),
+            outputs=output_channels(app),
+            reducers=frozenset(name for name in channels if collects(app.channels[name])),
+            deferred=frozenset(
+                name
+                for name in names
+                if isinstance(app, CompiledStateGraph) and app.builder.nodes[name].defer
+            ),
+            is_ordered=isinstance(app, CompiledStateGraph),
+        )
+
+    def _fill(self, node: Node, found: Findings, above: frozenset[int]) -> None:
+        """Add what runs inside a node, and the node itself where it is a vertex."""
+        prefix = f"{node.path}/"
+        inside = [graph for graph in found.graphs if id(graph) not in above]
+        node.inner = [self.scope(graph, prefix, above) for graph in inside]
+        if found.tasks:
+            node.inner.append(self._tasks(found, prefix, above))
+        node.inner = [scope for scope in node.inner if scope.nodes]
+        node.is_graph = node.is_graph and bool(node.inner)
+        node.is_visible = found.calls_model or not node.inner
+        if not node.is_visible:
+            return
+        if found.calls_model:
+            node.path = agent_path(node.path)
+        elif found.is_opaque:
+            self.unread.add(node.path)
+        self.graph.add_node(node.path, role="agent" if found.calls_model else "environment")
+        if node.always_calls:
+            self.graph.nodes[node.path]["always_calls"] = True
+
+    def _tasks(self, found: Findings, prefix: str, above: frozenset[int]) -> Scope:
+        """Tasks of the functional API that a node's code can call, in any order."""
+        nodes = {}
+        for name, inner in found.tasks.items():
+            node = nodes[name] = Node(
+                path=prefix + name,
+                reads=frozenset({"input"}),
+                may_write=frozenset({"result"}),
+                must_write=frozenset(),
+            )
+            self._fill(node, inner, above)
+        names = frozenset({"input", "result"})
+        triggers = [Trigger(START, name, "control") for name in nodes]
+        triggers += [Trigger(name, END, "control") for name in nodes]
+        return Scope(nodes, triggers, names, names, names, frozenset(), is_ordered=False)
+
+    def connect(self, scope: Scope) -> tuple[set[str], set[str]]:
+        """Add a graph's control edges; the vertices that can run first, and those that can last."""
         first: dict[str, set[str]] = {}
         last: dict[str, set[str]] = {}
-        findings: dict[str, Findings] = {}
-        for name in _node_names(app):
-            bound = app.nodes[name].bound
-            found = findings[name] = inspect_node(bound)
-            inner = [g for g in found.graphs if id(g) not in above]
-            if isinstance(bound, Pregel):
-                inner, found = [bound], Findings(False, (), frozenset())
-            path = prefix + name
-            if inner and not found.calls_model:
-                parts = [self.add(g, f"{path}/", above | {id(g)}) for g in inner]
-                first[name] = set().union(*(entries for entries, _ in parts))
-                last[name] = set().union(*(exits for _, exits in parts))
-                for _, exits in parts:  # a node may run its graphs in any order, and again
-                    for entries, _ in parts if len(parts) > 1 else []:
-                        for a in exits:
-                            for b in entries:
-                                self.edge(a, b, "conditional")
-                if not first[name]:
-                    first[name] = last[name] = {self._add_node(app, name, path, prefix, found)}
-                continue
-            node = self._add_node(app, name, path, prefix, found)
-            first[name] = last[name] = {node}
-            for g in inner:  # calls a model itself and runs a graph: both inside one node
-                entries, exits = self.add(g, f"{path}/", above | {id(g)})
-                for entry in entries:
-                    self.edge(node, entry, "conditional")
-                for exit_ in exits:
-                    self.edge(exit_, node, "conditional")
-        return self._connect(app, first, last, findings)
-
-    def _add_node(
-        self,
-        app: Pregel[Any, Any, Any, Any],
-        name: str,
-        path: str,
-        prefix: str,
-        found: Findings,
-    ) -> str:
-        node = agent_path(path) if found.calls_model else path
-        self.graph.add_node(node, role="agent" if found.calls_model else "environment")
-        self._reads[node] = _channels(app, name)
-        self._scope[node] = prefix
-        return node
-
-    def _connect(
-        self,
-        app: Pregel[Any, Any, Any, Any],
-        first: dict[str, set[str]],
-        last: dict[str, set[str]],
-        findings: dict[str, Findings],
-    ) -> tuple[set[str], set[str]]:
+        for name, node in scope.nodes.items():
+            parts = [self.connect(inner) for inner in node.inner]
+            first[name] = set().union(*(entries for entries, _ in parts))
+            last[name] = set().union(*(exits for _, exits in parts))
+            if node.is_visible:  # calls a model itself, before or after the graphs inside it
+                for entry in first[name]:
+                    self.edge(node.path, entry, "conditional")
+                for exit_ in last[name]:
+                    self.edge(exit_, node.path, "conditional")
+                first[name] = last[name] = {node.path}
         entries: set[str] = set()
         exits: set[str] = set()
-        for source, target, kind in _control_edges(app, findings):
+        for trigger in scope.triggers:
+            source, target = trigger.source, trigger.target
             if source == START and target in first:
                 entries |= first[target]
             elif target == END and source in last:
@@ -139,71 +202,67 @@ class _Compiler:
             elif source in last and target in first:
                 for a in last[source]:
                     for b in first[target]:
-                        self.edge(a, b, kind)
+                        self.edge(a, b, trigger.kind)
         return entries, exits
 
-    def add_data(self) -> None:
-        """Data edges: from every node to every node that can run later and reads state.
 
-        A node may write any channel of its graph, and a subgraph's input and output carry its
-        parent's; so what tells is which node can run after which, and what the later one reads.
-        """
-        control = nx.DiGraph((a, b) for a, b, _ in self.graph.edges(keys=True))
-        nodes = [n for n, data in self.graph.nodes(data=True) if data["role"] != "boundary"]
-        for source in nodes:
-            if source not in control:
-                continue
-            later = set().union(
-                *({n} | nx.descendants(control, n) for n in control.successors(source))
-            )
-            for target in sorted(later & set(nodes)):
-                shared = self._reads[target]
-                if self._scope[source] != self._scope[target]:
-                    shared = frozenset({"(subgraph input or output)"}) if shared else shared
-                for channel in sorted(shared):
-                    self.graph.add_edge(
-                        source, target, key=f"data:{channel}", kind="data", channel=channel
-                    )
-
-
-def _node_names(app: Pregel[Any, Any, Any, Any]) -> list[str]:
-    return [name for name in app.nodes if name not in (START, END)]
-
-
-def _channels(app: Pregel[Any, Any, Any, Any], name: str) -> frozenset[str]:
-    """State channels that a node reads."""
-    channels = app.nodes[name].channels
-    names = [channels] if isinstance(channels, str) else list(channels)
-    return frozenset(
-        channel for channel in names if not channel.startswith(("branch:", "join:", "__pregel"))
-    ) or frozenset({"__root__"})
-
-
-def _control_edges(
-    app: Pregel[Any, Any, Any, Any], findings: dict[str, Findings]
-) -> list[tuple[str, str, str]]:
-    """(from, to, kind) between an app's own nodes, START and END."""
-    names = _node_names(app)
-    everywhere = [*names, END]
-    if not isinstance(app, CompiledStateGraph):  # the functional API: an entrypoint and its tasks
-        return [(START, names[0], "control"), (names[0], END, "control")] if names else []
+def _triggers(
+    app: App,
+    findings: dict[str, Findings],
+    readings: dict[str, Reading],
+    nodes: dict[str, Node],
+) -> list[Trigger]:
+    """Edges between an app's own nodes, START and END."""
+    if not isinstance(app, CompiledStateGraph):  # the functional API, or a Pregel made by hand
+        return [
+            trigger
+            for name in nodes
+            for trigger in (Trigger(START, name, "control"), Trigger(name, END, "control"))
+        ]
     builder = app.builder
-    edges = [(a, b, "control") for a, b in builder.edges]
-    edges += [(a, b, "control") for sources, b in builder.waiting_edges for a in sources]
+    found = [
+        Trigger(a, b, "conditional" if a in nodes and nodes[a].hands_over else "control")
+        for a, b in builder.edges
+    ]
+    for sources, target in builder.waiting_edges:
+        join = tuple(sorted(sources))
+        found += [Trigger(source, target, "control", join) for source in join]
+    everywhere = [*nodes, END]
     for source, branches in builder.branches.items():
-        for branch in branches.values():
+        for label, branch in branches.items():
+            reading = read_source(branch.path)
             mentions = inspect_node(branch.path).mentions
             kind = "fan_out" if "Send" in mentions else "conditional"
-            for target in dict.fromkeys((branch.ends or {}).values()) or everywhere:
-                edges.append((source, target, kind))
-    for name in names:
-        declared = tuple(getattr(builder.nodes[name], "ends", None) or ())
-        mentions = findings[name].mentions
+            ends = set((branch.ends or {}).values()) or reading.targets or everywhere
+            choice = f"branch {label}" if reading.goes_one_way else ""
+            read = branch_channels(app, source, branch)
+            found += [Trigger(source, target, kind, (), choice, read) for target in ends]
+    for name in nodes:
+        spec, reading = builder.nodes[name], readings[name]
+        mentions = findings[name].users_mentions
         kind = "fan_out" if "Send" in mentions else "conditional"
-        if declared:
-            edges += [(name, target, kind) for target in declared]
-        elif "Command" in mentions:  # goes where its code says, and its code is not read
-            edges += [(name, target, kind) for target in everywhere]
-    leaving = {a for a, _, _ in edges}
-    edges += [(name, END, "control") for name in names if name not in leaving]
-    return sorted(set(edges))
+        targets = set(spec.ends or ())
+        if not targets and reading.targets is not None:
+            targets = set(reading.targets)
+        elif not targets and ("Command" in mentions or nodes[name].hands_over):
+            targets = set(everywhere)  # goes where its code says, and that is not plain
+        choice = "command" if reading.goes_one_way else ""
+        found += [Trigger(name, target, kind, choice=choice) for target in targets]
+        handler = getattr(spec, "error_handler_node", None)
+        if handler:
+            found.append(Trigger(name, handler, "conditional"))
+    known = {START, END, *nodes}
+    found = [t for t in found if t.source in known and t.target in known]
+    leaving = {trigger.source for trigger in found}
+    found += [Trigger(name, END, "control") for name in nodes if name not in leaving]
+    return sorted(set(found), key=lambda t: (t.source, t.target, t.kind, t.join, t.choice))
+
+
+def _hands_over(found: Findings, seen: frozenset[int] = frozenset()) -> bool:
+    """Whether users' code in a node, or in graphs inside it, goes to a node of a graph above."""
+    return "PARENT" in found.users_mentions or any(
+        _hands_over(inspect_node(node.bound), seen | {id(graph)})
+        for graph in found.graphs
+        if id(graph) not in seen
+        for node in graph.nodes.values()
+    )

@@ -3,44 +3,75 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import networkx as nx
 
 from marft_graph.graph.flex_mg import END, START, FlexMG
+
+_SHOWN = 10
+_DOT_SHAPES = {
+    "agent": "box, style=rounded",
+    "frozen": 'box, style="rounded,dashed"',
+    "environment": "box",
+    "boundary": "point",
+}
 
 
 def summary(flex_mg: FlexMG) -> str:
     """A readable summary for the terminal: agents, what each observes, loops, warnings."""
     agents = flex_mg.agents
     width = max((len(agent) for agent in agents), default=0)
-    lines = [f"{len(agents)} agents, {len(flex_mg.environment)} environment nodes"]
+    lines = [_count(len(agents), "agent") + f", {_count(len(flex_mg.environment), 'other node')}"]
     for agent in agents:
-        seen = [
-            other if flex_mg.dependency(agent, other) == "always" else f"{other} (possibly)"
-            for other in agents
-            if flex_mg.dependency(agent, other) != "never"
-        ]
-        lines.append(f"  {agent:<{width}}  observes {', '.join(seen) or 'no other agent'}")
+        calls = flex_mg.graph.nodes[agent].get("calls")
+        often = "" if calls is None else f"  ({calls:g} calls a run)"
+        lines.append(f"  {agent:<{width}}  observes {_observed(flex_mg, agent)}{often}")
+    if flex_mg.frozen:
+        lines.append(f"frozen (call a model, not trained): {', '.join(flex_mg.frozen)}")
     if flex_mg.environment:
-        lines.append(f"environment: {', '.join(flex_mg.environment)}")
+        lines.append(f"environment (call no model): {_listed(flex_mg.environment)}")
     lines += [f"loop: {' -> '.join([*loop, loop[0]])}" for loop in flex_mg.loops]
     lines += [f"parallel: {', '.join(group)}" for group in flex_mg.parallel_groups]
+    if flex_mg.fan_outs:
+        lines.append(f"side by side with itself (Send): {', '.join(flex_mg.fan_outs)}")
+    lines += [f"note: {text}" for text in flex_mg.notes]
     lines += [f"warning: {text}" for text in warnings(flex_mg)]
     return "\n".join(lines)
+
+
+def _observed(flex_mg: FlexMG, agent: str) -> str:
+    seen: dict[str, list[str]] = {"always": [], "possible": []}
+    for other in flex_mg.agents:
+        dependency = flex_mg.dependency(agent, other)
+        if dependency != "never":
+            seen[dependency].append("itself" if other == agent else other)
+    parts = [_listed(seen["always"])] if seen["always"] else []
+    parts += [f"possibly {_listed(seen['possible'])}"] if seen["possible"] else []
+    return "; ".join(parts) or "no other agent"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown, rest = names[:_SHOWN], len(names) - _SHOWN
+    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def warnings(flex_mg: FlexMG) -> list[str]:
     """What is odd about the graph, a sentence each."""
     control = flex_mg.control
     reachable = nx.descendants(control, START)
-    finishing = nx.ancestors(control, END)
+    influential = nx.ancestors(flex_mg.data, END)
     found = [
         f"{node} can never run" for node in flex_mg.graph if node not in {START, END} | reachable
     ]
     found += [
         f"{agent} never influences the output"
         for agent in flex_mg.agents
-        if agent in reachable and agent not in finishing
+        if agent in reachable and agent not in influential
     ]
     found += [f"the code of {node} could not be read" for node in flex_mg.uncertain]
     if not flex_mg.agents:
@@ -54,9 +85,11 @@ def to_mermaid(flex_mg: FlexMG) -> str:
     lines = ["flowchart TD"]
     for node in sorted(flex_mg.graph):
         label = node.strip("_").replace('"', "#quot;")
-        shape = {"agent": f'(["{label}"])', "boundary": f'(("{label}"))'}.get(
-            flex_mg.graph.nodes[node]["role"], f'["{label}"]'
-        )
+        shape = {
+            "agent": f'(["{label}"])',
+            "frozen": f'(["{label}"])',
+            "boundary": f'(("{label}"))',
+        }.get(flex_mg.graph.nodes[node]["role"], f'["{label}"]')
         lines.append(f"    {ids[node]}{shape}")
     arrows = {"control": "-->", "conditional": "-.->", "fan_out": "==>"}
     lines += [f"    {ids[a]} {arrows[kind]} {ids[b]}" for a, b, kind in flex_mg.control_edges]
@@ -64,20 +97,21 @@ def to_mermaid(flex_mg: FlexMG) -> str:
 
 
 def to_dot(flex_mg: FlexMG) -> str:
-    """The graph in Graphviz's language; dependencies as orange edges that do not move nodes."""
+    """The graph in Graphviz's language; edges along which something is read are orange."""
     lines = ["digraph {", "    node [fontname=sans-serif];"]
     for node in sorted(flex_mg.graph):
         role = flex_mg.graph.nodes[node]["role"]
-        shape = {"boundary": "point", "environment": "box"}.get(role, "box, style=rounded")
+        shape = _DOT_SHAPES[role]
         lines.append(f"    {_quoted(node)} [shape={shape}];")
     styles = {"control": "solid", "conditional": "dashed", "fan_out": "bold"}
     lines += [
-        f"    {_quoted(a)} -> {_quoted(b)} [style={styles[kind]}];"
+        f"    {_quoted(a)} -> {_quoted(b)} [style={styles[kind]}"
+        f"{', color=darkorange' if flex_mg.carries(a, b) else ''}];"
         for a, b, kind in flex_mg.control_edges
     ]
     lines += [
         f"    {_quoted(j)} -> {_quoted(i)} [color=darkorange, constraint=false];"
-        for i, j in flex_mg.observations
+        for i, j in flex_mg.distant_observations
     ]
     return "\n".join([*lines, "}"]) + "\n"
 

@@ -6,11 +6,13 @@ Holds what `compile` found out about an app and answers questions about it; it k
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import itertools
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import networkx as nx
@@ -18,39 +20,49 @@ import networkx as nx
 from marft_graph.errors import GraphError, UnknownNodeError
 
 START, END = "__start__", "__end__"
+_MOST_GROUPS = 50
 Dependency = Literal["never", "possible", "always"]
-Role = Literal["agent", "environment"]
+Role = Literal["agent", "frozen", "environment", "boundary"]
 
 
 @dataclass(frozen=True)
 class FlexMG:
     """Agents, environment and who may observe whom.
 
-    `graph` has a vertex for every node path and for START and END, with the attribute `role`, and
-    edges whose attribute `kind` is `control` (an edge), `conditional` (a branch or `Command`),
-    `fan_out` (`Send`) or `data` (from a node that may write a channel to one that reads it; the
-    attribute `channel` names it).
+    `graph` has a vertex for every node path and for START and END. Its attribute `role` is `agent`,
+    `frozen` (calls a model that is not trained), `environment` or `boundary`; `always_calls` is set
+    where every run of the node is certain to call its model. Edges have the attribute `kind`:
+    `control` (an edge), `conditional` (a branch or `Command`), `fan_out` (`Send`) or `data` (what
+    one node may write another may read; `channel` names it, and `certain` is set where every run of
+    the second reads what a run of the first wrote).
     """
 
     graph: nx.MultiDiGraph[str]
     uncertain: tuple[str, ...] = ()
     """Nodes whose code could not be read, so that a call of a model may have been missed."""
+    notes: tuple[str, ...] = ()
+    """What a dry run found worth saying."""
 
-    @property
+    @functools.cached_property
     def agents(self) -> tuple[str, ...]:
-        """Nodes that call a model, in an order in which they can first run."""
-        return tuple(n for n in self._order() if self.graph.nodes[n]["role"] == "agent")
+        """Nodes that call a model that is trained, in an order in which they can first run."""
+        return self._with_role("agent")
 
-    @property
+    @functools.cached_property
+    def frozen(self) -> tuple[str, ...]:
+        """Nodes that call a model that is not trained."""
+        return self._with_role("frozen")
+
+    @functools.cached_property
     def environment(self) -> tuple[str, ...]:
         """Nodes that call no model."""
-        return tuple(n for n in self._order() if self.graph.nodes[n]["role"] == "environment")
+        return self._with_role("environment")
 
-    @property
+    @functools.cached_property
     def loops(self) -> tuple[tuple[str, ...], ...]:
         """Sets of nodes that can run again after each other, in order of first run."""
         control = self.control
-        order = {node: place for place, node in enumerate(self._order())}
+        order = {node: place for place, node in enumerate(self.order)}
         found = [
             tuple(sorted(component, key=lambda node: order[node]))
             for component in nx.strongly_connected_components(control)
@@ -58,24 +70,26 @@ class FlexMG:
         ]
         return tuple(sorted(found, key=lambda loop: order[loop[0]]))
 
-    @property
+    @functools.cached_property
     def parallel_groups(self) -> tuple[tuple[str, ...], ...]:
-        """Agents of which none can run after another: they may run side by side."""
-        agents = self.agents
+        """Agents that can run side by side: started together, and none leads to another."""
         free: nx.Graph[str] = nx.Graph()
-        free.add_nodes_from(agents)
-        for index, left in enumerate(agents):
-            for right in agents[index + 1 :]:
-                if self.dependency(left, right) == self.dependency(right, left) == "never":
-                    free.add_edge(left, right)
-        groups = [
-            tuple(sorted(clique, key=agents.index))
-            for clique in nx.find_cliques(free)
-            if len(clique) > 1
-        ]
-        return tuple(sorted(groups))
+        reach = {node: nx.descendants(self.control, node) | {node} for node in self.control}
+        agents = self.agents
+        for left, right in itertools.combinations(agents, 2):
+            apart = right not in reach[left] and left not in reach[right]
+            if apart and self._start_together(left, right, reach):
+                free.add_edge(left, right)
+        cliques = itertools.islice(nx.find_cliques(free), _MOST_GROUPS)
+        return tuple(sorted(tuple(sorted(clique, key=agents.index)) for clique in cliques))
 
-    @property
+    @functools.cached_property
+    def fan_outs(self) -> tuple[str, ...]:
+        """Nodes that can run several times side by side, once for each `Send`."""
+        sent = {b for _, b, edge in self.graph.edges(data=True) if edge["kind"] == "fan_out"}
+        return tuple(node for node in self.order if node in sent)
+
+    @functools.cached_property
     def control(self) -> nx.DiGraph[str]:
         """Which node can run directly after which, START and END included."""
         control: nx.DiGraph[str] = nx.DiGraph()
@@ -85,51 +99,113 @@ class FlexMG:
         )
         return control
 
-    @property
+    @functools.cached_property
     def control_edges(self) -> tuple[tuple[str, str, str], ...]:
         """(from, to, kind) of every edge that says what can run next."""
         edges = self.graph.edges(data=True)
         return tuple(sorted((a, b, e["kind"]) for a, b, e in edges if e["kind"] != "data"))
 
-    @property
+    @functools.cached_property
     def observations(self) -> tuple[tuple[str, str], ...]:
         """Pairs (i, j) of agents of which i may observe j."""
         agents = self.agents
-        return tuple((i, j) for i in agents for j in agents if self.dependency(i, j) != "never")
+        return tuple((i, j) for i in agents for j in agents if i in self._ways[j])
+
+    @functools.cached_property
+    def distant_observations(self) -> tuple[tuple[str, str], ...]:
+        """Pairs (i, j) of agents of which i may observe j, where neither an edge nor a third agent
+        that i observes and that observes j shows it: what a picture has to draw extra.
+        """
+        pairs = set(self.observations)
+        carrying = nx.DiGraph((a, b) for a, b in self.control.edges if self.carries(a, b))
+        neighbours = {
+            (i, j)
+            for i, j in pairs
+            if j in carrying and i in _reached(carrying, j, stop=set(self.agents))
+        }
+        return tuple(
+            (i, j)
+            for i, j in self.observations
+            if i != j
+            and (i, j) not in neighbours
+            and not any((i, k) in pairs and (k, j) in pairs for k in self.agents if k not in (i, j))
+        )
+
+    def carries(self, source: str, target: str) -> bool:
+        """Whether a node may read what another one may write."""
+        return self.data.has_edge(source, target)
+
+    @functools.cached_property
+    def order(self) -> tuple[str, ...]:
+        """Nodes in topological order of the loops' condensation; START and END left out."""
+        control = self.control
+        distance = dict(nx.single_source_shortest_path_length(control, START))
+        far = len(control)
+        condensed = nx.condensation(control)
+
+        def first(component: int) -> tuple[int, str]:
+            members = condensed.nodes[component]["members"]
+            return min((distance.get(m, far), m) for m in members)
+
+        nodes: list[str] = []
+        for component in nx.lexicographical_topological_sort(condensed, key=first):
+            members = condensed.nodes[component]["members"]
+            nodes += sorted(members, key=lambda node: (distance.get(node, far), node))
+        return tuple(node for node in nodes if node not in (START, END))
 
     def dependency(self, i: str, j: str) -> Dependency:
         """Whether agent i observes the action of agent j.
 
-        `never` is certain: in no run does j's output reach i's prompt. `always`: every run of i
-        comes after one of j and reads what j writes. `possible`: some runs, as far as the graph
-        tells; an agent in a loop may observe itself.
+        `never` is certain: in no run is an answer of j what a prompt of i was made from. What
+        another agent made of it does not count: that agent always answers in between. `always`:
+        every run of i comes after one of j and reads what j wrote. `possible`: some runs, as far as
+        the graph tells; an agent in a loop may observe itself.
 
         Raises:
             UnknownNodeError: i or j is no node of the graph.
         """
         self._check(i, j)
-        path = self._data_path(j, i)
-        if path is None:
+        if i not in self._ways[j]:
             return "never"
-        if i != j and self._certain(i, j, path):
-            return "always"
-        return "possible"
+        return "always" if i != j and self._is_certain(j, i) else "possible"
 
     def explain(self, i: str, j: str) -> str:
-        """Through which channels agent i can observe agent j, or why it never does."""
+        """Through which channels agent i can observe agent j, or why it never does.
+
+        Raises:
+            UnknownNodeError: i or j is no node of the graph.
+        """
         self._check(i, j)
-        path = self._data_path(j, i)
-        if path is None:
-            return f"{i} never observes {j}: nothing that {j} may write is read by a later {i}"
-        hops = []
-        for source, target in itertools.pairwise(path):
-            channels = sorted(
-                data["channel"]
-                for data in self.graph.get_edge_data(source, target).values()
-                if data["kind"] == "data"
+        path = self._ways[j].get(i)
+        if path is not None:
+            hops = "; ".join(
+                f"{a} -> {b} through {', '.join(self._channels(a, b))}"
+                for a, b in itertools.pairwise(path)
             )
-            hops.append(f"{source} -> {target} through {', '.join(channels)}")
-        return f"{i} observes {j} ({self.dependency(i, j)}): " + "; ".join(hops)
+            return f"{i} observes {j} ({self.dependency(i, j)}): {hops}"
+        data = self.data
+        if i in nx.descendants(data, j):
+            between = nx.shortest_path(data, j, i)[1:-1]
+            return (
+                f"{i} never observes {j} itself, only what {' and '.join(between)} made of it: "
+                f"{' -> '.join([j, *between, i])}"
+            )
+        if i != j and i not in nx.descendants(self.control, j):
+            return f"{i} never observes {j}: no run of {i} comes after one of {j}"
+        return f"{i} never observes {j}: nothing that {j} may write is read by a later {i}"
+
+    def training(self, nodes: Sequence[str]) -> FlexMG:
+        """The same game where only some agents are trained; the others are frozen.
+
+        Raises:
+            UnknownNodeError: a name is no agent of the graph; the message lists those there are.
+            GraphError: the graph has no agent.
+        """
+        trained = resolve_nodes(self, nodes)
+        graph = self.graph.copy()
+        for node in {*self.agents, *self.frozen} - {*trained}:
+            graph.nodes[node]["role"] = "frozen"
+        return replace(self, graph=graph)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `graph.json`, with the dependency matrix for people."""
@@ -141,7 +217,9 @@ class FlexMG:
                 key=lambda edge: json.dumps(edge, sort_keys=True),
             ),
             "uncertain": list(self.uncertain),
+            "notes": list(self.notes),
             "agents": list(agents),
+            "frozen": list(self.frozen),
             "environment": list(self.environment),
             "loops": [list(loop) for loop in self.loops],
             "parallel_groups": [list(group) for group in self.parallel_groups],
@@ -163,7 +241,7 @@ class FlexMG:
             for edge in values["edges"]:
                 data = {key: value for key, value in edge.items() if key not in ("from", "to")}
                 graph.add_edge(edge["from"], edge["to"], **data)
-            flex_mg = cls(graph, tuple(values["uncertain"]))
+            flex_mg = cls(graph, tuple(values["uncertain"]), tuple(values["notes"]))
             expected = values["hash"]
         except (KeyError, TypeError, AttributeError) as error:
             raise GraphError(f"these values are no Flex-MG: {error!r}") from error
@@ -185,68 +263,84 @@ class FlexMG:
     def _lines(self) -> list[str]:
         nodes = [f"node {n} ({data['role']})" for n, data in self.graph.nodes(data=True)]
         edges = [
-            f"edge {a} -> {b} ({data['kind']}{' ' + data['channel'] if 'channel' in data else ''})"
+            f"edge {a} -> {b} ({data['kind']}{' ' + data['channel'] if 'channel' in data else ''}"
+            f"{', always' if data.get('certain') else ''})"
             for a, b, data in self.graph.edges(data=True)
         ]
         return sorted(nodes + edges)
 
-    def _order(self) -> list[str]:
-        """Nodes in topological order of the loops' condensation; START and END left out."""
-        control = self.control
-        distance = dict(nx.single_source_shortest_path_length(control, START))
-        far = len(control)
-        condensed = nx.condensation(control)
+    def _with_role(self, role: Role) -> tuple[str, ...]:
+        return tuple(node for node in self.order if self.graph.nodes[node]["role"] == role)
 
-        def first(component: int) -> tuple[int, str]:
-            members = condensed.nodes[component]["members"]
-            return min((distance.get(m, far), m) for m in members)
-
-        nodes: list[str] = []
-        for component in nx.lexicographical_topological_sort(condensed, key=first):
-            members = condensed.nodes[component]["members"]
-            nodes += sorted(members, key=lambda node: (distance.get(node, far), node))
-        return [node for node in nodes if node not in (START, END)]
-
-    def _data_path(self, source: str, target: str) -> list[str] | None:
-        """A shortest way of data from one node to another, of at least one edge."""
+    @functools.cached_property
+    def data(self) -> nx.DiGraph[str]:
+        """Which node may read what which other node may write; END reads the output."""
         data: nx.DiGraph[str] = nx.DiGraph()
         data.add_nodes_from(self.graph)
         data.add_edges_from(
             (a, b) for a, b, edge in self.graph.edges(data=True) if edge["kind"] == "data"
         )
-        paths = [
-            [source, *nx.shortest_path(data, following, target)]
-            for following in data.successors(source)
-            if nx.has_path(data, following, target)
-        ]
-        return min(paths, key=lambda path: (len(path), path)) if paths else None
+        return data
 
-    def _certain(self, i: str, j: str, path: Sequence[str]) -> bool:
-        """Whether every run of i comes after one of j whose write it reads directly."""
-        if len(path) != 2:
-            return False
-        writes = any(
-            data.get("certain", False)
-            for data in self.graph.get_edge_data(j, i).values()
-            if data["kind"] == "data"
-        )
-        if not writes:
-            return False
-        control = self.control
-        if i not in nx.descendants(control, START):
-            return False
-        dominators = nx.immediate_dominators(control, START)
-        above = i
-        while above != START:
-            above = dominators[above]
-            if above == j:
-                return True
+    @functools.cached_property
+    def _ways(self) -> dict[str, dict[str, list[str]]]:
+        """For every node who can observe it, with a shortest way of its data there.
+
+        Data passes through nodes that make no call of their own, or may make none.
+        """
+        ways: dict[str, dict[str, list[str]]] = {}
+        for source in self.graph:
+            found: dict[str, list[str]] = {}
+            waiting = deque([[source]])
+            while waiting:
+                path = waiting.popleft()
+                for following in sorted(self.data.successors(path[-1])):
+                    if following not in found:
+                        found[following] = [*path, following]
+                        if self._passes_on(following) and following != source:
+                            waiting.append(found[following])
+            ways[source] = found
+        return ways
+
+    def _passes_on(self, node: str) -> bool:
+        data = self.graph.nodes[node]
+        return data["role"] != "agent" or not data.get("always_calls", False)
+
+    def _is_certain(self, source: str, target: str) -> bool:
+        edges = self.graph.get_edge_data(source, target) or {}
+        return any(edge.get("certain", False) for edge in edges.values())
+
+    def _channels(self, source: str, target: str) -> list[str]:
+        edges = self.graph.get_edge_data(source, target).values()
+        return sorted(edge["channel"] for edge in edges if edge["kind"] == "data")
+
+    def _start_together(self, left: str, right: str, reach: Mapping[str, set[str]]) -> bool:
+        """Whether one node starts the ways to both, and not as alternatives."""
+        for _, edges in itertools.groupby(self.control_edges, key=lambda edge: edge[0]):
+            ways = [(b, kind) for _, b, kind in edges]
+            for (a, kind), (b, other) in itertools.permutations(ways, 2):
+                leads = a != b and left in reach[a] and right in reach[b]
+                if leads and not kind == other == "conditional":
+                    return True
         return False
 
     def _check(self, *names: str) -> None:
         for name in names:
             if name not in self.graph:
                 raise UnknownNodeError(_unknown(name, self))
+
+
+def _reached(graph: nx.DiGraph[str], start: str, stop: set[str]) -> set[str]:
+    """Nodes on ways from a node that end at the first of `stop`."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for following in graph.successors(waiting.pop()):
+            if following not in found:
+                found.add(following)
+                if following not in stop:
+                    waiting.append(following)
+    return found
 
 
 def resolve_nodes(flex_mg: FlexMG, names: Sequence[str]) -> tuple[str, ...]:

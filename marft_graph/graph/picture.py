@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from marft_graph.graph.flex_mg import FlexMG
@@ -18,37 +19,48 @@ _STYLE = """
 .control{stroke:#4b5563;fill:none;stroke-width:1.5}
 .conditional{stroke:#4b5563;fill:none;stroke-width:1.5;stroke-dasharray:6 4}
 .fan_out{stroke:#4b5563;fill:none;stroke-width:3}
-.observes{stroke:#ea580c;fill:none;stroke-width:1.5;opacity:.75}
+.observes{stroke:#ea580c;fill:none;stroke-width:1.5}
+.carries{stroke:#ea580c}.frozen{fill:#f3f4f6;stroke:#2563eb;stroke-width:1.5;stroke-dasharray:3 3}
 .tip{fill:#4b5563}.observes-tip{fill:#ea580c}
 @media (prefers-color-scheme: dark){
 .text{fill:#f3f4f6}.agent{fill:#1e3a8a;stroke:#93c5fd}.environment{fill:#374151;stroke:#9ca3af}
 .boundary,.tip{fill:#9ca3af}.control,.conditional,.fan_out{stroke:#9ca3af}
-.observes{stroke:#fb923c}.observes-tip{fill:#fb923c}}
+.observes,.carries{stroke:#fb923c}.observes-tip{fill:#fb923c}
+.frozen{fill:#374151;stroke:#93c5fd}}
 """
 _ARC_ROOM = 64.0
 _TIP = 7.0
 # Light-page colours of the style above, for PNG: fill and stroke.
 _BOXES = {
     "agent": ("#dbeafe", "#2563eb"),
+    "frozen": ("#f3f4f6", "#2563eb"),
     "environment": ("#f3f4f6", "#6b7280"),
     "boundary": ("#6b7280", "#6b7280"),
 }
-_STROKES = {
-    "control": ("#4b5563", "-"),
-    "conditional": ("#4b5563", "--"),
-    "fan_out": ("#4b5563", "-"),
-    "observes": ("#ea580c", "-"),
-}
+_ORANGE, _GREY = "#ea580c", "#4b5563"
 
 Cubic = tuple[Point, Point, Point, Point]
 """A Bezier curve: start, two handles, end."""
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A line of the picture, from box to box."""
+
+    source: str
+    target: str
+    kind: str
+    """Of the edge; `observes` where no edge shows what is observed."""
+    carries: bool
+    """Whether the target may read what the source may write: drawn in orange."""
+    curves: Sequence[Cubic]
+
+
 def to_svg(flex_mg: FlexMG) -> str:
-    """A picture for light and dark pages: control flow downward, dependencies as orange arcs."""
+    """A picture for light and dark pages: control flow downward, in orange where data goes too."""
     plan = layout(flex_mg)
     width = _full_width(flex_mg, plan)
-    shapes = [_svg_way(kind, way) for kind, way in _ways(flex_mg, plan)]
+    shapes = [_svg_way(way) for way in ways(flex_mg, plan)]
     for node, place in plan.places.items():
         shapes.append(_svg_box(node, str(flex_mg.graph.nodes[node]["role"]), place))
     label = html.escape(f"Dependency graph of {', '.join(flex_mg.agents)}", quote=True)
@@ -75,9 +87,10 @@ def write_png(flex_mg: FlexMG, path: Path) -> None:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(plan.height, 0))
     axes.set_axis_off()
-    for kind, way in _ways(flex_mg, plan):
-        colour, line = _STROKES[kind]
-        vertices = [way[0][0], *(point for cubic in way for point in cubic[1:])]
+    for way in ways(flex_mg, plan):
+        line = "--" if way.kind == "conditional" else "-"
+        colour = _ORANGE if way.carries else _GREY
+        vertices = [way.curves[0][0], *(point for cubic in way.curves for point in cubic[1:])]
         codes = [Outline.MOVETO, *[Outline.CURVE4] * (len(vertices) - 1)]
         arrow = FancyArrowPatch(
             path=Outline(vertices, codes), arrowstyle="-|>", mutation_scale=10, lw=1.2
@@ -104,20 +117,20 @@ def write_png(flex_mg: FlexMG, path: Path) -> None:
 
 
 def _full_width(flex_mg: FlexMG, plan: Layout) -> float:
-    return plan.width + (_ARC_ROOM if flex_mg.observations else 0.0)
+    return plan.width + (_ARC_ROOM if flex_mg.distant_observations else 0.0)
 
 
-def _ways(flex_mg: FlexMG, plan: Layout) -> Iterator[tuple[str, list[Cubic]]]:
-    """Every line of the picture: its kind and its curves from box to box."""
+def ways(flex_mg: FlexMG, plan: Layout) -> Iterator[Way]:
+    """Every line of the picture."""
     for a, b, kind in flex_mg.control_edges:
         start, end = plan.places[a], plan.places[b]
         if end.y > start.y:
-            yield kind, _downward(start, plan.bends.get((a, b), ()), end)
+            curves = _downward(start, plan.bends.get((a, b), ()), end)
         else:
-            yield kind, [_back(start, end)]
-    for i, j in flex_mg.observations:
-        if i != j:
-            yield "observes", [_arc(plan.places[j], plan.places[i])]
+            curves = [_back(start, end)]
+        yield Way(a, b, kind, flex_mg.carries(a, b), curves)
+    for i, j in flex_mg.distant_observations:
+        yield Way(j, i, "observes", True, [_arc(plan.places[j], plan.places[i])])
 
 
 def _downward(start: Place, bends: Sequence[Point], end: Place) -> list[Cubic]:
@@ -146,23 +159,27 @@ def _arc(source: Place, target: Place) -> Cubic:
     return (start, source.y), (bend, source.y), (bend, target.y), (end + _TIP + 1, target.y)
 
 
-def _svg_way(kind: str, way: Sequence[Cubic]) -> str:
+def _svg_way(way: Way) -> str:
     def text(point: Point) -> str:
         return f"{point[0]:.1f},{point[1]:.1f}"
 
-    curves = " ".join(f"C{text(c[1])} {text(c[2])} {text(c[3])}" for c in way)
-    tip = "observes-tip" if kind == "observes" else "tip"
-    return f'<path class="{kind}" d="M{text(way[0][0])} {curves}" marker-end="url(#{tip})"/>'
+    curves = " ".join(f"C{text(c[1])} {text(c[2])} {text(c[3])}" for c in way.curves)
+    kind, tip = (f"{way.kind} carries", "observes-tip") if way.carries else (way.kind, "tip")
+    start = text(way.curves[0][0])
+    ends = f'data-source="{html.escape(way.source)}" data-target="{html.escape(way.target)}"'
+    return f'<path class="{kind}" {ends} d="M{start} {curves}" marker-end="url(#{tip})"/>'
 
 
 def _svg_box(node: str, role: str, place: Place) -> str:
     if role == "boundary":
         return f'<circle class="boundary" cx="{place.x:.1f}" cy="{place.y:.1f}" r="7"/>'
+    name = html.escape(node)
     return (
+        f'<g class="node" data-node="{name}">'
         f'<rect class="{role}" x="{place.x - place.half_width:.1f}" '
         f'y="{place.y - place.half_height:.1f}" width="{2 * place.half_width:.1f}" '
         f'height="{2 * place.half_height:.1f}" rx="{18 if role == "agent" else 4}"/>'
-        f'<text class="text" x="{place.x:.1f}" y="{place.y:.1f}">{html.escape(node)}</text>'
+        f'<text class="text" x="{place.x:.1f}" y="{place.y:.1f}">{name}</text></g>'
     )
 
 

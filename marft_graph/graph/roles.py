@@ -10,11 +10,12 @@ import dataclasses
 import functools
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import Runnable
+from langgraph.func import _TaskFunction
 from langgraph.pregel import Pregel
 
 _DEPTH = 6
@@ -30,6 +31,12 @@ class Findings:
     """Graphs that the node can run inside itself."""
     mentions: frozenset[str]
     """Names that the code uses, such as `Command` and `Send`."""
+    users_mentions: frozenset[str] = frozenset()
+    """The same without the code of LangChain and LangGraph."""
+    tasks: Mapping[str, Findings] = dataclasses.field(default_factory=dict)
+    """Tasks of the functional API that the code can call, by name."""
+    is_opaque: bool = False
+    """Whether there is no Python code to read."""
 
 
 def inspect_node(bound: Any) -> Findings:
@@ -38,17 +45,35 @@ def inspect_node(bound: Any) -> Findings:
     Args:
         bound: the node's Runnable (`app.nodes[name].bound`).
     """
-    seen: set[int] = set()
-    models, graphs = [], []
+    return _inspect(bound, set())
+
+
+def _inspect(bound: Any, seen: set[int]) -> Findings:
+    models, graphs, tasks = [], [], {}
     mentions: set[str] = set()
+    users_mentions: set[str] = set()
+    is_opaque = True
     for value in _reachable(bound, seen, _DEPTH):
         if isinstance(value, BaseChatModel) or _makes_model(value):
             models.append(value)
         elif isinstance(value, Pregel):
             graphs.append(value)
-        elif isinstance(value, types.CodeType):
-            mentions.update(value.co_names)
-    return Findings(bool(models), tuple(graphs), frozenset(mentions))
+        elif isinstance(value, _TaskFunction):
+            tasks[value.func.__name__] = _inspect(value.func, set(seen))
+        elif isinstance(value, types.FunctionType):
+            names = {name for code in _codes(value.__code__) for name in code.co_names}
+            mentions |= names
+            is_opaque = False
+            if _package(value.__module__) not in _LIBRARIES:
+                users_mentions |= names
+    return Findings(
+        calls_model=bool(models),
+        graphs=tuple(graphs),
+        mentions=frozenset(mentions),
+        users_mentions=frozenset(users_mentions),
+        tasks=tasks,
+        is_opaque=is_opaque and not models and not graphs,
+    )
 
 
 def _makes_model(value: Any) -> bool:
@@ -65,7 +90,7 @@ def _reachable(value: Any, seen: set[int], depth: int) -> Iterator[Any]:
         return
     seen.add(id(value))
     yield value
-    if isinstance(value, BaseChatModel | Pregel):
+    if isinstance(value, BaseChatModel | Pregel | _TaskFunction):
         return
     for inner in _parts(value):
         yield from _reachable(inner, seen, depth - 1)
@@ -91,7 +116,6 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _function_parts(function: types.FunctionType) -> Iterator[Any]:
-    yield function.__code__
     for wrapped in (getattr(function, "__wrapped__", None), *(function.__defaults__ or ())):
         if wrapped is not None:
             yield wrapped

@@ -297,6 +297,7 @@ class Learner:
             "tokens_mean": batch.offsets[-1] / len(calls),
             "truncated_share": sum(call.finish_reason == "length" for call in calls) / len(calls),
             "distinct_share": len({call.completion_ids for call in calls}) / len(calls),
+            "advantage_abs_mean": batch.advantages_N[first].abs().mean().item(),
             "advantage_zero_share": (batch.advantages_N[first] == 0).float().mean().item(),
             "return_mean": batch.returns_N[first].mean().item(),
         }

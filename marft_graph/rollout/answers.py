@@ -67,6 +67,8 @@ def request_for(
         seed=seed,
         order=order,
         tools=call.tools,
+        tool_choice=call.tool_choice,
+        response_format=call.response_format,
         messages=call.messages,
     )
 

@@ -9,26 +9,10 @@ from typing import Any
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
 
-from marft_graph.errors import DatasetError, GraphError
+from marft_graph.errors import DatasetError
 from marft_graph.rollout.rewards import shown
 
 InputFunction = Callable[[Mapping[str, Any]], Any]
-
-
-def checked_graph(graph: Any) -> Pregel[Any, Any, Any, Any]:
-    """The graph, if it can be run.
-
-    Raises:
-        GraphError: it is no compiled LangGraph app.
-    """
-    if isinstance(graph, Pregel):
-        return graph
-    hint = (
-        "call .compile() on it first"
-        if callable(getattr(graph, "compile", None))
-        else ("give the result of StateGraph(...).compile(), create_agent(...) or @entrypoint")
-    )
-    raise GraphError(f"a {type(graph).__name__} is no compiled LangGraph app; {hint}")
 
 
 def graph_inputs(

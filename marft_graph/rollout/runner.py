@@ -19,9 +19,11 @@ from langgraph.pregel import Pregel
 from marft_graph.engine.base import Engine, SupportsGate
 from marft_graph.episode import Call, Episode, Reward
 from marft_graph.errors import EpisodeTimeoutError
+from marft_graph.graph.compile import as_compiled, compile_graph
+from marft_graph.graph.flex_mg import resolve_nodes
 from marft_graph.names import adapter_name, agent_path
 from marft_graph.rollout.collector import fewer_collections
-from marft_graph.rollout.inputs import InputFunction, checked_graph, graph_inputs
+from marft_graph.rollout.inputs import InputFunction, graph_inputs
 from marft_graph.rollout.intercept import intercepting
 from marft_graph.rollout.quiescence import Quiescence
 from marft_graph.rollout.recorder import (
@@ -59,7 +61,7 @@ def run_episodes(
     """Run an app on examples and record every model call of the trained nodes.
 
     Args:
-        graph: a compiled LangGraph app; it is not changed.
+        graph: a compiled LangGraph app, which is not changed, or a StateGraph builder.
         examples: dicts; those keys that the graph's input has are handed to it.
         engine: answers the trained nodes' calls.
         reward: `reward(example, state) -> float | dict[node, float] | Reward`, sync or async; none:
@@ -82,12 +84,12 @@ def run_episodes(
         `failed: REASON` and the whole error; it is data for nobody.
 
     Raises:
-        GraphError: `graph` is no compiled LangGraph app.
+        GraphError: `graph` is no LangGraph app.
         UnknownNodeError: `nodes` names a node that the graph does not have.
         DatasetError: no examples, or an example without the graph's input keys.
         RewardError: the reward function failed; the message shows the example.
     """
-    app = checked_graph(graph)
+    app = as_compiled(graph)
     listed, graph_values = graph_inputs(app, examples, inputs)
     rollout = _Rollout(
         graph=app,
@@ -123,7 +125,7 @@ def check_examples(
     Raises:
         GraphError, DatasetError: as in `run_episodes`.
     """
-    graph_inputs(checked_graph(graph), examples, inputs)
+    graph_inputs(as_compiled(graph), examples, inputs)
 
 
 def _in_thread(work: Callable[[], list[Episode]]) -> list[Episode]:
@@ -149,10 +151,6 @@ def _trained(graph: Pregel[Any, Any, Any, Any], nodes: Sequence[str] | None) -> 
         return frozenset()
     if set(nodes) <= _node_names(graph):
         return frozenset(agent_path(node) for node in nodes)
-    # Imported here: compiling a graph runs it once, by this very module.
-    from marft_graph.graph.compile import compile_graph
-    from marft_graph.graph.flex_mg import resolve_nodes
-
     return frozenset(resolve_nodes(compile_graph(graph), tuple(nodes)))
 
 

@@ -18,19 +18,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from langgraph.channels import (
-    AnyValue,
-    EphemeralValue,
-    LastValue,
-    LastValueAfterFinish,
-    UntrackedValue,
-)
 from langgraph.pregel import Pregel
 from pydantic import BaseModel
 
+from marft_graph.graph.channels import branch_channels, collects
+from marft_graph.graph.roles import inspect_node
+
 Calls = frozenset[int]
 _NONE: Calls = frozenset()
-_REPLACED = (LastValue, LastValueAfterFinish, EphemeralValue, AnyValue, UntrackedValue)
+_NOBODY: frozenset[str] = frozenset()
 _SEND_TRIGGER = "__pregel_push"
 
 
@@ -67,29 +63,38 @@ class GraphShape:
     """Channels that collect their writers."""
     channels: Mapping[str, frozenset[str]]
     """Channels that each node is given."""
-    targets: Mapping[str, frozenset[str]]
-    """Nodes that a node's branches may go or send to; absent where nothing is declared."""
+    targets: Mapping[str, frozenset[str] | None]
+    """Nodes that a node may send to, None for any; absent where it cannot send."""
+    branches: Mapping[str, frozenset[str]]
+    """Channels that the branches of a node read; they also see all that the node has written."""
     subgraphs: Mapping[str, GraphShape]
     """Nodes that are graphs themselves."""
 
     @classmethod
     def of(cls, graph: Pregel[Any, Any, Any, Any]) -> GraphShape:
         """The shape of a compiled graph."""
-        reducers = {
-            n for n, channel in graph.channels.items() if not isinstance(channel, _REPLACED)
-        }
-        channels, subgraphs, targets = {}, {}, {}
+        reducers = {name for name, channel in graph.channels.items() if collects(channel)}
+        channels, subgraphs, read = {}, {}, {}
+        targets: dict[str, frozenset[str] | None] = {}
         for name, node in graph.nodes.items():
             given = [node.channels] if isinstance(node.channels, str) else node.channels
             channels[name] = frozenset(given)
             if isinstance(node.bound, Pregel):
                 subgraphs[name] = cls.of(node.bound)
+            if "Send" in inspect_node(node.bound).mentions:
+                targets[name] = None
         builder = getattr(graph, "builder", None)
         for name, branches in (builder.branches if builder is not None else {}).items():
-            ends = [branch.ends for branch in branches.values()]
-            if all(ends):
-                targets[name] = frozenset(node for end in ends for node in (end or {}).values())
-        return cls(frozenset(reducers), channels, targets, subgraphs)
+            read[name] = frozenset().union(
+                *(branch_channels(graph, name, branch) for branch in branches.values())
+            )
+            for branch in branches.values():
+                found = inspect_node(branch.path)
+                if "Send" in found.mentions or found.is_opaque:
+                    known = targets.get(name, _NOBODY)
+                    ends = frozenset((branch.ends or {}).values())
+                    targets[name] = None if known is None or not ends else known | ends
+        return cls(frozenset(reducers), channels, targets, read, subgraphs)
 
 
 def trace_parents(
@@ -158,6 +163,8 @@ class _Task:
     """The same by channel."""
     calls: list[int] = field(default_factory=list)
     runs: list[_Run] = field(default_factory=list)
+    seen_by_branches: Calls = _NONE
+    """What the channels that its branches read depended on when it was over."""
     is_over: bool = False
 
     def known_at(self, moment: float, tracer: _Tracer) -> Calls:
@@ -212,7 +219,9 @@ class _Run:
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def of_channel(self, channel: str) -> Calls:
-        return self.provenance.get(channel, self.entry)
+        # A subgraph is given channels by name: one that was not among them holds nothing yet.
+        is_named = self.parent is not None and self.shape is not None and self.parent.reads
+        return self.provenance.get(channel, _NONE if is_named else self.entry)
 
     def everything(self) -> Calls:
         """What the run's result depends on."""
@@ -317,8 +326,14 @@ class _Tracer:
         if not run.previous:
             return run.entry | _NONE.union(*run.provenance.values())
         declared = run.shape.targets if run.shape is not None else {}
-        senders = [task for task in run.previous if name in declared.get(task.name, ())]
-        return _NONE.union(*(t.known | t.output(self) for t in senders or run.previous))
+        senders = [t for t in run.previous if _may_send(declared.get(t.name, _NOBODY), name)]
+        branches = run.shape.branches if run.shape is not None else {}
+        return _NONE.union(
+            *(
+                t.seen_by_branches if t.name in branches else t.known | t.output(self)
+                for t in senders or run.previous
+            )
+        )
 
     def _end_task(self, run: _Run, payload: Mapping[str, Any]) -> None:
         task = self._tasks.get(payload["id"])
@@ -330,6 +345,18 @@ class _Tracer:
             run.written.append((task, result))
         for call in task.calls:
             self.parents[call] = task.known_at(self.calls[call].begun, self)
+        if run.shape is not None and task.name in run.shape.branches:
+            written = result if isinstance(result, Mapping) else {}
+            task.seen_by_branches = self._branch_view(task, run.shape, written)
+
+    def _branch_view(self, task: _Task, shape: GraphShape, written: Mapping[str, Any]) -> Calls:
+        """What a node's branches see: the channels they read, after what the node has written."""
+        run = task.run
+        seen = _NONE.union(*(task.output_of(channel, self) for channel in written))
+        for channel in shape.branches[task.name]:
+            if channel not in written or run.collects(channel, written[channel]):
+                seen |= run.of_channel(channel)
+        return seen
 
     def _apply_writes(self, run: _Run) -> None:
         """Give the channels of a finished superstep their new provenance."""
@@ -359,6 +386,10 @@ def _read(run: _Run, payload: Mapping[str, Any]) -> Iterable[str]:
     if declared is None:
         return names
     return (names & declared) or (declared if names else names)
+
+
+def _may_send(targets: frozenset[str] | None, name: str) -> bool:
+    return targets is None or name in targets
 
 
 def _task_id(namespace: Sequence[str]) -> str:

@@ -17,8 +17,10 @@ from typing import Any
 from marft_graph.episode import Episode
 from marft_graph.errors import CheckpointError
 from marft_graph.graph.flex_mg import FlexMG
-from marft_graph.graph.picture import to_svg
+from marft_graph.graph.page import graph_view
 from marft_graph.run.curves import Curve, line_chart
+from marft_graph.run.overlay import last_episode, overlays
+from marft_graph.run.timeline import to_timeline
 from marft_graph.run.tracking import read_evaluations, read_metrics
 from marft_graph.run.trajectories import read_traces
 
@@ -38,7 +40,7 @@ table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0 .6rem;font-size:.85rem;
 max-height:16rem;overflow-y:auto}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1rem}
-figure{margin:0}svg{max-width:100%;height:auto}
+figure{margin:0}svg{max-width:100%;height:auto}.view .canvas{height:26rem}
 """
 _SHOWN_TEXT = 4000
 _SAMPLES = 4
@@ -65,9 +67,8 @@ def write_report(run_dir: Path) -> Path:
         f"<h1>{html.escape(run_dir.resolve().name)}</h1>",
         _headline(rows, evaluations, before, after),
         "<h2>Dependency graph</h2>",
-        f'<div class="wide">{to_svg(flex_mg)}</div>',
-        '<p class="soft">Boxes are agents, grey boxes environment nodes. Black arrows say what '
-        "runs next (dashed: on a condition), orange arcs whose output an agent may observe.</p>",
+        graph_view(flex_mg, overlays(flex_mg, run_dir)),
+        timeline_section(run_dir),
         _curves(rows, evaluations),
         _spending(rows),
         _failures(rows),
@@ -85,6 +86,19 @@ def write_report(run_dir: Path) -> Path:
     beside.write_text(page, encoding="utf-8", errors="backslashreplace")
     beside.replace(path)
     return path
+
+
+def timeline_section(run_dir: Path) -> str:
+    """One episode of the newest traces, as HTML; empty where there is none."""
+    episode = last_episode(run_dir)
+    drawing = "" if episode is None else to_timeline(episode)
+    if not drawing:
+        return ""
+    return (
+        f'<h2>One episode over time</h2><div class="wide">{drawing}</div><p class="soft">A bar is '
+        "a call, from its submission to its answer; an arrow leads from a call to one whose prompt "
+        "depended on it. Point at a bar for its figures.</p>"
+    )
 
 
 def _headline(

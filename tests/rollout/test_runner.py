@@ -235,8 +235,8 @@ def test_inputs_that_raise_name_the_example(engine):
         run_episodes(duo(), [{"text": "seven"}], engine=engine, inputs=lambda e: e["missing"])
 
 
-def test_a_graph_that_is_not_compiled_is_refused(engine):
-    with pytest.raises(GraphError, match=r"call \.compile"):
+def test_a_builder_that_does_not_compile_is_refused(engine):
+    with pytest.raises(GraphError, match="must have an entrypoint"):
         run_episodes(StateGraph(State), examples(1), engine=engine)
 
 

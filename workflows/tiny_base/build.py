@@ -167,7 +167,6 @@ def measure(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
     rng = random.Random(12345)
     written: dict[str, list[float]] = {"infix": [], "prefix": [], "words": []}
     read: dict[str, list[float]] = {"infix": [], "prefix": [], "words": []}
-    digits = []
     for a, operation, b in rng.sample(CALCULATIONS, 200):
         question = story(a, operation, b, rng)
         forms = {form: notation(a, operation, b, form) for form in written}
@@ -178,7 +177,6 @@ def measure(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
         turns = [(ACTOR_PROMPT, f"{question}\n{text}", right) for text in forms.values()]
         for form, chance in zip(forms, answers(model, tokenizer, turns), strict=True):
             read[form].append(chance)
-        digits.append(read["infix"][-1])
 
     def mean(numbers: list[float]) -> float:
         return round(sum(numbers) / len(numbers), 4)

@@ -1,0 +1,495 @@
+"""What data can get from which node to which: the edges behind the dependency function.
+
+A graph runs in supersteps, and what a node writes is there for every node of a later superstep,
+whether or not an edge leads from one to the other. So the order of two nodes is read from the
+supersteps in which they can run, and data is followed through channels, in and out of subgraphs.
+Nothing here knows LangGraph: `compile` fills in the `Scope`s.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import networkx as nx
+
+START, END = "__start__", "__end__"
+Names = frozenset[str]
+_NOTHING: Names = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """An edge of one graph between its own nodes, START and END."""
+
+    source: str
+    target: str
+    kind: str
+    """`control`, `conditional` or `fan_out`."""
+    join: tuple[str, ...] = ()
+    """All sources that `target` waits for, where it is a join."""
+    choice: str = ""
+    """Triggers of one source with the same choice are alternatives: at most one of them goes."""
+    reads: Names = frozenset()
+    """Channels that the branch reads, which may send what they hold."""
+
+    def excludes(self, other: Trigger) -> bool:
+        """Whether one run of their source never starts both."""
+        if self == other:
+            return self.kind != "fan_out"
+        return bool(self.choice) and self.choice == other.choice
+
+
+@dataclass(slots=True)
+class Node:
+    """A node of one graph, with the graphs that run inside it."""
+
+    path: str
+    reads: Names
+    may_write: Names
+    must_write: Names
+    always_calls: bool = False
+    """Whether it calls a model itself in every run."""
+    is_graph: bool = False
+    """Whether it is a subgraph, which shares channels by name; else it may hand over anything."""
+    is_visible: bool = True
+    """Whether it is a vertex of the Flex-MG; a node that only runs other graphs is not."""
+    hands_over: bool = False
+    """Whether a graph inside it can go to another node of this graph, and write its channels."""
+    inner: list[Scope] = field(default_factory=list)
+
+
+@dataclass
+class Scope:
+    """One graph of the app: its nodes by name, its edges and channels."""
+
+    nodes: dict[str, Node]
+    triggers: Sequence[Trigger]
+    channels: Names
+    inputs: Names
+    outputs: Names
+    reducers: Names
+    deferred: Names = _NOTHING
+    """Nodes that run when nothing else can any more."""
+    is_ordered: bool = True
+    """False where code decides what runs when, as in the functional API."""
+
+    @functools.cached_property
+    def order(self) -> Order:
+        """Which of its nodes run before which."""
+        return Order(self)
+
+    @functools.cached_property
+    def sent_to(self) -> Names:
+        """Nodes that a `Send` can start, which then read what was sent, not the channels."""
+        return frozenset(t.target for t in self.triggers if t.kind == "fan_out")
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Data from one node to another, or to END, by paths."""
+
+    source: str
+    target: str
+    channel: str
+    is_certain: bool
+    """Whether every run of `target` reads what a run of `source` wrote."""
+
+
+class Order:
+    """Which nodes of a graph run before which."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._control: nx.DiGraph[str] = nx.DiGraph()
+        self._control.add_nodes_from([START, END, *scope.nodes])
+        self._control.add_edges_from((t.source, t.target) for t in scope.triggers)
+        self._distance = dict(nx.all_pairs_shortest_path_length(self._control))
+        self._reach = {node: nx.descendants(self._control, node) for node in self._control}
+        for node in self._control:
+            if any(node == n or node in self._reach[n] for n in self._control.successors(node)):
+                self._reach[node].add(node)
+        self._first = self._distance[START]
+        # What was sent runs at once, and nothing that is deferred waits for it.
+        self._waiting = scope.deferred if not scope.sent_to else _NOTHING
+        self._beside = self._side_by_side() if scope.is_ordered else {}
+        self._must = self._preceding()
+
+    def before(self, a: str, b: str) -> bool:
+        """Whether some run of `a` can be over when some run of `b` begins."""
+        if not self._scope.is_ordered:
+            return True
+        if a not in self._first or b not in self._first:
+            return False
+        return b in self._reach[a] or any(
+            b == other or b in self._reach[other] for other in self._beside.get(a, ())
+        )
+
+    def must_precede(self, a: str, b: str) -> bool:
+        """Whether every run of `b` comes after one of `a`."""
+        return self._scope.is_ordered and a in self._must.get(b, ())
+
+    def _side_by_side(self) -> dict[str, set[str]]:
+        """For every node those of parallel branches that can run in a later superstep."""
+        beside: dict[str, set[str]] = {}
+        last_of_all = self._waiting if len(self._scope.deferred) == 1 else _NOTHING
+        for region in self._regions():
+            for a, b in region.parallel:
+                if a not in last_of_all and region.first[a] < region.last[b]:
+                    beside.setdefault(a, set()).add(b)
+        return beside
+
+    def _regions(self) -> list[_Region]:
+        """Stretches of a run between nodes that run alone.
+
+        Where a node runs alone, all that follows follows from it. Taken to be alone are as many
+        nodes as can be without contradiction: if all were alone so far, is the next one?
+        """
+        alone = set(self._first) - {END}
+        while True:
+            regions = [_Region(self._scope, start, alone) for start in sorted(alone)]
+            accompanied = {node for region in regions for node in region.accompanied()}
+            if not accompanied & alone - {START}:
+                return regions
+            alone -= accompanied - {START}
+
+    def _preceding(self) -> dict[str, set[str]]:
+        """For every node those that every run of it comes after, START included.
+
+        A join comes after all it waits for, another node after what all its triggers have in
+        common. And what an earlier node always starts by plain edges, k supersteps after itself,
+        is over for whoever cannot come before k + 1 supersteps after that node.
+        """
+        must = self._triggered_after()
+        started = self._always_started()
+        also: dict[str, set[str]] = {node: set() for node in must}
+        for node, earlier in must.items():
+            for first in earlier:
+                distance = self._distance[first].get(node, math.inf)
+                also[node] |= {n for n, steps in started[first].items() if steps < distance}
+            if node in self._waiting:  # runs when all else that was started is over
+                also[node].update(*(started[first] for first in earlier))
+                also[node] -= self._reach[node]
+        return {
+            node: set().union(earlier, also[node], *(also[e] for e in earlier)) - {node}
+            for node, earlier in must.items()
+        }
+
+    def _triggered_after(self) -> dict[str, set[str]]:
+        """For every node those that are on all ways to it, or on a way that a join waits for."""
+        reached = set(self._first)
+        must = {node: set(reached) for node in reached}
+        must[START] = set()
+        groups: dict[str, set[tuple[str, ...]]] = {node: set() for node in reached}
+        for trigger in self._scope.triggers:
+            sources = trigger.join or (trigger.source,)
+            if reached.issuperset(sources):
+                groups[trigger.target].add(sources)
+        changed = True
+        while changed:
+            changed = False
+            for node in reached - {START}:
+                after = [set(group).union(*(must[s] for s in group)) for group in groups[node]]
+                found = set.intersection(must[node], *after)
+                changed |= found != must[node]
+                must[node] = found
+        return must
+
+    def _always_started(self) -> dict[str, dict[str, int]]:
+        """For every node what each of its runs starts by plain edges, and supersteps until then."""
+        plain: nx.DiGraph[str] = nx.DiGraph()
+        plain.add_nodes_from(self._control)
+        plain.add_edges_from(
+            (t.source, t.target)
+            for t in self._scope.triggers
+            if t.kind == "control" and not t.join and t.target not in self._scope.deferred
+        )
+        plain.remove_node(END)
+        return {
+            node: dict(nx.single_source_shortest_path_length(plain, node)) if node in plain else {}
+            for node in self._control
+        }
+
+
+class _Region:
+    """What one run of a node can start until the next node that runs alone.
+
+    Supersteps count from the start's run.
+    """
+
+    def __init__(self, scope: Scope, start: str, alone: set[str]) -> None:
+        self._scope = scope
+        self._alone = alone
+        leaving: dict[str, list[Trigger]] = {}
+        for trigger in scope.triggers:
+            leaving.setdefault(trigger.source, []).append(trigger)
+        # The start's copy as a place to end differs from the place where it begins: "".
+        edges: list[tuple[str, Trigger]] = []
+        waiting, seen = [("", start)], {""}
+        while waiting:
+            place, node = waiting.pop()
+            for trigger in leaving.get(node, ()):
+                edges.append((place, trigger))
+                if trigger.target not in seen:
+                    seen.add(trigger.target)
+                    if trigger.target not in alone:
+                        waiting.append((trigger.target, trigger.target))
+        self._graph: nx.DiGraph[str] = nx.DiGraph()
+        self._graph.add_node("")
+        self._graph.add_edges_from((place, trigger.target) for place, trigger in edges)
+        self._sent = {trigger.target for _, trigger in edges if trigger.kind == "fan_out"}
+        self.first = self._earliest(edges)
+        self.last = self._latest()
+        self.parallel = self._pairs(edges)
+        """Pairs of nodes that can run on two ways at a time; both orders of each."""
+
+    def accompanied(self) -> set[str]:
+        """Nodes that do not run alone."""
+        return {node for node in self._sent if node in self._alone} | {
+            a
+            for a, b in self.parallel
+            if a != b and self.first[a] <= self.last[b] and self.first[b] <= self.last[a]
+        }
+
+    def _earliest(self, edges: Sequence[tuple[str, Trigger]]) -> dict[str, float]:
+        """The first superstep in which a node can run: a join waits for the last of its sources."""
+        first: dict[str, float] = {"": 0.0}
+        changed = True
+        while changed:
+            changed = False
+            for place, trigger in edges:
+                sources = [s for s in trigger.join if s in self._graph and place != ""] or [place]
+                step = max(first.get(source, math.inf) for source in sources) + 1
+                if step < first.get(trigger.target, math.inf):
+                    first[trigger.target] = step
+                    changed = True
+        return first
+
+    def _latest(self) -> dict[str, float]:
+        """The last superstep in which a node can run; infinite where it can be put off."""
+        late = {n for n in self._graph if n in self._scope.deferred}
+        for component in nx.strongly_connected_components(self._graph):
+            if len(component) > 1 or any(self._graph.has_edge(n, n) for n in component):
+                late |= component
+        late = late.union(*(nx.descendants(self._graph, node) for node in late))
+        last: dict[str, float] = dict.fromkeys(late, math.inf)
+        rest = self._graph.subgraph([n for n in self._graph if n not in late])
+        for node in nx.topological_sort(rest):
+            last[node] = max((last[p] + 1 for p in rest.predecessors(node)), default=0.0)
+        return last
+
+    def _pairs(self, edges: Sequence[tuple[str, Trigger]]) -> set[tuple[str, str]]:
+        reach = {node: nx.descendants(self._graph, node) | {node} for node in self._graph}
+        leaving: dict[str, list[Trigger]] = {}
+        for place, trigger in edges:
+            leaving.setdefault(place, []).append(trigger)
+        pairs: set[tuple[str, str]] = set()
+        for triggers in leaving.values():
+            for left in triggers:
+                for right in triggers:
+                    if not left.excludes(right):
+                        pairs.update(
+                            (a, b) for a in reach[left.target] for b in reach[right.target]
+                        )
+        return {(a, b) for a, b in pairs if END not in (a, b)}
+
+
+def flows(top: Scope) -> Iterator[Flow]:
+    """All data flows between the visible nodes of an app."""
+    return _Flows(top).all()
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    """A visible node with the way down to it: scopes, and the nodes' names in them."""
+
+    node: Node
+    scopes: tuple[Scope, ...]
+    names: tuple[str, ...]
+
+
+class _Flows:
+    def __init__(self, top: Scope) -> None:
+        self._top = top
+        self._leaves = list(_leaves(top, (), ()))
+        self._up = {leaf.node.path: _outward(leaf) for leaf in self._leaves}
+        self._down = {leaf.node.path: _inward(leaf) for leaf in self._leaves}
+        self._found: dict[tuple[str, str], dict[str, bool]] = {}
+
+    def all(self) -> Iterator[Flow]:
+        for source in self._leaves:
+            for target in self._leaves:
+                for channel, is_certain in self._between(source, target):
+                    self._add(source, target, channel, is_certain)
+        self._add_sent()
+        for leaf in self._leaves:
+            if not leaf.node.is_visible:
+                self._contract(leaf.node.path)
+        for leaf in self._leaves:
+            for channel in sorted(self._up[leaf.node.path][0] & self._top.outputs):
+                if leaf.node.is_visible:
+                    self._found.setdefault((leaf.node.path, END), {})[channel] = False
+        for (a, b), channels in sorted(self._found.items()):
+            for channel, is_certain in sorted(channels.items()):
+                yield Flow(a, b, channel, is_certain)
+
+    def _add(self, source: _Leaf, target: _Leaf, channel: str, is_certain: bool) -> bool:
+        channels = self._found.setdefault((source.node.path, target.node.path), {})
+        is_new = channel not in channels
+        channels[channel] = channels.get(channel, False) or is_certain
+        return is_new
+
+    def _contract(self, hidden: str) -> None:
+        """Join what flows into a node that is no vertex to what flows out of it."""
+        into = [a for a, b in self._found if b == hidden and a != hidden]
+        out = {b: channels for (a, b), channels in self._found.items() if a == hidden}
+        for source in into:
+            for target, channels in out.items():
+                for channel in channels if target != hidden else ():
+                    self._found.setdefault((source, target), {}).setdefault(channel, False)
+        self._found = {pair: c for pair, c in self._found.items() if hidden not in pair}
+
+    def _between(self, source: _Leaf, target: _Leaf) -> Iterator[tuple[str, bool]]:
+        """Channels through which one leaf's writes reach another's reads."""
+        for level, (scope, other) in enumerate(zip(source.scopes, target.scopes, strict=False)):
+            if scope is not other:
+                return
+            a, b = source.names[level], target.names[level]
+            written, read = self._up[source.node.path][level], self._down[target.node.path][level]
+            if scope.order.before(a, b):
+                for channel in sorted(written & read):
+                    yield channel, self._is_certain(source, target, level, channel)
+            container = scope.nodes[a]
+            if a == b and not container.is_graph and self._hand_over(source, target, level):
+                yield f"the code of {container.path}", False
+
+    def _hand_over(self, source: _Leaf, target: _Leaf, level: int) -> bool:
+        """Whether a node's code can pass something on between itself and the graphs it runs."""
+        leaves = len(source.scopes) - 1 > level, len(target.scopes) - 1 > level
+        if not any(leaves):
+            return False  # the node itself, twice
+        out = self._up[source.node.path][level + 1] if leaves[0] else {""}
+        into = self._down[target.node.path][level + 1] if leaves[1] else {""}
+        return bool(out and into)
+
+    def _is_certain(self, source: _Leaf, target: _Leaf, level: int, channel: str) -> bool:
+        scope = source.scopes[level]
+        if len(source.scopes) != level + 1 or len(target.scopes) != level + 1:
+            return False  # through a subgraph: possible
+        a, b = source.names[level], target.names[level]
+        if not (source.node.always_calls and channel in source.node.must_write):
+            return False
+        if not scope.order.must_precede(a, b) or b in scope.sent_to:
+            return False
+        if channel in scope.reducers:
+            return True
+        return not any(
+            scope.order.before(name, b) and scope.order.before(a, name)
+            for name in self._writers(scope, channel) - {a}
+        )
+
+    def _writers(self, scope: Scope, channel: str) -> set[str]:
+        """Nodes of a scope that may write a channel, or whose graphs may."""
+        return {
+            leaf.names[level]
+            for leaf in self._leaves
+            for level, other in enumerate(leaf.scopes)
+            if other is scope and channel in self._up[leaf.node.path][level]
+        }
+
+    def _add_sent(self) -> None:
+        """A `Send` hands over what its sender knows and what it made, whatever the channel."""
+        scopes = {id(scope): scope for leaf in self._leaves for scope in leaf.scopes}.values()
+        changed = True
+        while changed:  # what was sent may be sent on
+            changed = False
+            for scope in scopes:
+                for trigger in scope.triggers:
+                    if trigger.kind == "fan_out" and trigger.target in scope.nodes:
+                        sender = scope.nodes.get(trigger.source)
+                        only = {t for t in scope.triggers if t.target == trigger.target}
+                        for source in self._known_to(scope, trigger):
+                            calls = source.node is sender and sender.always_calls
+                            for target in self._entering(scope, trigger.target):
+                                direct = target.node is scope.nodes[trigger.target]
+                                is_certain = calls and direct and only == {trigger}
+                                changed |= self._add(source, target, "Send", is_certain)
+
+    def _entering(self, scope: Scope, name: str) -> list[_Leaf]:
+        """Leaves that read what their node in `scope` was sent."""
+        return [leaf for leaf, level in self._inside(scope, name) if self._takes(leaf, level)]
+
+    def _takes(self, leaf: _Leaf, level: int) -> bool:
+        return len(leaf.scopes) == level + 1 or bool(self._down[leaf.node.path][level + 1])
+
+    def _known_to(self, scope: Scope, trigger: Trigger) -> list[_Leaf]:
+        """Leaves whose output a node in `scope`, or its branch, hands on when it sends."""
+        inside = [leaf for leaf, _ in self._inside(scope, trigger.source)]
+        paths = {leaf.node.path for leaf in inside}
+        known = [
+            leaf
+            for leaf in self._leaves
+            if any(leaf.node.path == a and b in paths for a, b in self._found)
+        ]
+        read = [
+            leaf
+            for leaf in self._leaves
+            for level, other in enumerate(leaf.scopes)
+            if other is scope
+            and self._up[leaf.node.path][level] & trigger.reads
+            and scope.order.before(leaf.names[level], trigger.source)
+        ]
+        return [*inside, *known, *read]
+
+    def _inside(self, scope: Scope, name: str) -> list[tuple[_Leaf, int]]:
+        return [
+            (leaf, level)
+            for leaf in self._leaves
+            for level, other in enumerate(leaf.scopes)
+            if other is scope and leaf.names[level] == name
+        ]
+
+
+def _leaves(scope: Scope, scopes: tuple[Scope, ...], names: tuple[str, ...]) -> Iterator[_Leaf]:
+    for name, node in scope.nodes.items():
+        here, called = (*scopes, scope), (*names, name)
+        if not node.is_graph:
+            yield _Leaf(node, here, called)
+        for inner in node.inner:
+            yield from _leaves(inner, here, called)
+
+
+def _outward(leaf: _Leaf) -> list[Names]:
+    """For each scope around a leaf, the channels in it that can carry what the leaf writes."""
+    carried = leaf.node.may_write
+    found = [carried]
+    for level in range(len(leaf.scopes) - 2, -1, -1):
+        scope, inner = leaf.scopes[level], leaf.scopes[level + 1]
+        container = scope.nodes[leaf.names[level]]
+        leaving = carried & inner.outputs
+        if container.hands_over:
+            carried = scope.channels
+        elif container.is_graph:
+            carried = leaving & scope.channels
+        else:
+            carried = container.may_write if leaving else _NOTHING
+        found.append(carried)
+    return found[::-1]
+
+
+def _inward(leaf: _Leaf) -> list[Names]:
+    """For each scope around a leaf, the channels in it that can reach what the leaf reads."""
+    wanted = leaf.node.reads
+    found = [wanted]
+    for level in range(len(leaf.scopes) - 2, -1, -1):
+        scope, inner = leaf.scopes[level], leaf.scopes[level + 1]
+        container = scope.nodes[leaf.names[level]]
+        entering = wanted & inner.inputs
+        if container.is_graph:
+            wanted = entering & container.reads
+        else:
+            wanted = container.reads if entering else _NOTHING
+        found.append(wanted)
+    return found[::-1]

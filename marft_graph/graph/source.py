@@ -1,0 +1,413 @@
+"""What a node's source says for certain: which channels it writes, where it goes, that it calls.
+
+Reads syntax trees and runs nothing. Whatever is not plain in the source is left open (None, or
+not certain), so that what is built on it errs on the side of `possible`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import linecache
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.runnables import RunnableSequence, RunnableWithFallbacks
+from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.config import run_in_executor
+from langgraph.pregel import Pregel
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+_CALLS = frozenset({"invoke", "ainvoke"})
+_MAKERS = frozenset(
+    {"bind", "bind_tools", "pipe", "with_config", "with_fallbacks", "with_retry"}
+    | {"with_structured_output"}
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reading:
+    """What the source of a node, or of a branch, says."""
+
+    may_write: frozenset[str] | None = None
+    """Channels that it can write at most; None: any."""
+    must_write: frozenset[str] = frozenset()
+    """Channels that every run writes."""
+    targets: frozenset[str] | None = None
+    """Nodes that it can go to at most, by `Command` or as a branch; None: any."""
+    goes_one_way: bool = False
+    """Whether it goes to one node at a time, and not to several at once."""
+    always_calls: bool = False
+    """Whether every run that ends well has called a chat model."""
+
+    def __or__(self, other: Reading) -> Reading:
+        """What holds for either of two functions."""
+        return Reading(
+            _both(self.may_write, other.may_write),
+            self.must_write & other.must_write,
+            _both(self.targets, other.targets),
+            self.goes_one_way and other.goes_one_way,
+            self.always_calls and other.always_calls,
+        )
+
+
+def read_source(bound: Any) -> Reading:
+    """Read the function behind a node or a branch; everything open where it has no source.
+
+    Args:
+        bound: a function, a partial, a method, an object with `__call__`, or a Runnable made of
+            one, such as `app.nodes[name].bound`.
+    """
+    readings = [_read_function(function) for function in _functions(bound)]
+    return functools.reduce(Reading.__or__, readings) if readings else Reading()
+
+
+def _functions(bound: Any) -> list[types.FunctionType]:
+    """The Python functions that a node may run: its sync and its async one."""
+    if bound is None or isinstance(bound, Pregel):
+        return []
+    if isinstance(bound, RunnableSequence):
+        return _functions(bound.steps[-1])
+    if isinstance(bound, functools.partial):
+        return _functions(bound.func)
+    if isinstance(bound, types.MethodType):
+        return _functions(bound.__func__)
+    if isinstance(bound, types.FunctionType):
+        return [bound]
+    held = [_functions(getattr(bound, name)) for name in ("func", "afunc") if hasattr(bound, name)]
+    found = [f for functions in held for f in functions if f is not run_in_executor]
+    if found:
+        return list(dict.fromkeys(found))
+    call = inspect.getattr_static(type(bound), "__call__", None)
+    return [call] if isinstance(call, types.FunctionType) else []
+
+
+def _read_function(function: types.FunctionType) -> Reading:
+    tree = _find(function.__code__)
+    if tree is None or inspect.isgeneratorfunction(function):
+        return Reading()
+    names = _names(function)
+    returned = list(_returned(tree))
+    updates = [_update(value) for value in returned]
+    targets = _Targets(tree, names)
+    return Reading(
+        may_write=_union(may for may, _ in updates),
+        must_write=frozenset.intersection(*(must for _, must in updates)),
+        targets=_union(targets.of(value) for value in returned),
+        goes_one_way=_is_text(tree) or all(map(targets.is_one, returned)),
+        always_calls=_always_calls(tree, names),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str) -> ast.Module | None:
+    try:
+        return ast.parse(text)
+    except SyntaxError:
+        return None
+
+
+def _find(code: types.CodeType) -> Function | None:
+    """A function's own syntax tree; None where it is not found for certain."""
+    module = _parsed("".join(linecache.getlines(code.co_filename)))
+    if module is None:
+        return None
+    is_lambda = code.co_name == "<lambda>"
+    found: list[Function] = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.Lambda):
+            if is_lambda and _encloses(node, code):
+                found.append(node)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            line = min(n.lineno for n in (node, *node.decorator_list))
+            if node.name == code.co_name and line == code.co_firstlineno:
+                found.append(node)
+    return found[0] if len(found) == 1 else None
+
+
+def _encloses(node: ast.Lambda, code: types.CodeType) -> bool:
+    """Whether a lambda's body is exactly where a code object's instructions come from."""
+    places = [p for p in code.co_positions() if None not in p and p[2:] != (0, 0)]
+    if not places:
+        return False
+    first = min((line, column) for line, _, column, _ in places)
+    last = max((line, column) for _, line, _, column in places)
+    body = node.body
+    return first == (body.lineno, body.col_offset) and last == (
+        body.end_lineno,
+        body.end_col_offset,
+    )
+
+
+def _names(function: types.FunctionType) -> Callable[[str], Any]:
+    """What a name of the function stands for outside it; None where that is not known."""
+    cells: dict[str, Any] = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            cells[name] = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+
+    def value(name: str) -> Any:
+        if name in (*function.__code__.co_varnames, *function.__code__.co_cellvars):
+            return None
+        return cells.get(name, function.__globals__.get(name))
+
+    return value
+
+
+def _returned(tree: Function) -> Iterator[ast.expr | None]:
+    """Every expression that the function can return; None for the end of its body."""
+    if isinstance(tree, ast.Lambda):
+        yield from _alternatives(tree.body)
+        return
+    for node in _own_nodes(tree.body):
+        if isinstance(node, ast.Return):
+            yield from _alternatives(node.value)
+    if not _always_leaves(tree.body):
+        yield None
+
+
+def _own_nodes(body: Sequence[ast.stmt]) -> Iterator[ast.AST]:
+    """Nodes of statements, without those of functions and classes defined there."""
+    waiting: list[ast.AST] = list(body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            continue
+        yield node
+        waiting += ast.iter_child_nodes(node)
+
+
+def _alternatives(value: ast.expr | None) -> Iterator[ast.expr | None]:
+    if isinstance(value, ast.IfExp):
+        yield from _alternatives(value.body)
+        yield from _alternatives(value.orelse)
+    else:
+        yield value
+
+
+def _always_leaves(body: Sequence[ast.stmt]) -> bool:
+    """Whether a block never reaches its end."""
+    last = body[-1]
+    if isinstance(last, ast.Return | ast.Raise):
+        return True
+    if isinstance(last, ast.If):
+        return bool(last.orelse) and _always_leaves(last.body) and _always_leaves(last.orelse)
+    if isinstance(last, ast.With | ast.AsyncWith):
+        return _always_leaves(last.body)
+    return False
+
+
+def _update(value: ast.expr | None) -> tuple[frozenset[str] | None, frozenset[str]]:
+    """Channels that a returned value may write at most, and those that it does write."""
+    nothing: frozenset[str] = frozenset()
+    if value is None or (isinstance(value, ast.Constant) and value.value is None):
+        return nothing, nothing
+    if isinstance(value, ast.Dict):
+        keys = [
+            key.value if isinstance(key, ast.Constant) and isinstance(key.value, str) else None
+            for key in value.keys
+        ]
+        named = frozenset(key for key in keys if key is not None)
+        return (named if None not in keys else None), named
+    if isinstance(value, ast.Call) and not value.args:
+        words = {word.arg: word.value for word in value.keywords}
+        if _called(value) == "Command" and None not in words:
+            return _update(words.get("update"))
+        if _called(value) == "dict" and None not in words:
+            named = frozenset(word for word in words if word is not None)
+            return named, named
+    return None, nothing
+
+
+class _Targets:
+    """Nodes that returned values lead to."""
+
+    def __init__(self, tree: Function, names: Callable[[str], Any]) -> None:
+        self._names = names
+        self._assigned = {} if isinstance(tree, ast.Lambda) else _assigned(tree.body)
+
+    def of(self, value: ast.expr | None) -> frozenset[str] | None:
+        """Nodes that a value may lead to; None where it may be any."""
+        if value is None or isinstance(value, ast.Dict):
+            return frozenset()
+        if isinstance(value, ast.Constant):
+            return frozenset() if value.value is None else _text(value.value)
+        if isinstance(value, ast.Name):
+            if value.id in self._assigned:
+                return _union(self.of(known) for known in self._assigned[value.id])
+            return _text(self._names(value.id))
+        if isinstance(value, ast.List | ast.Tuple):
+            return _union(self.of(item) for item in value.elts)
+        if isinstance(value, ast.ListComp):
+            return self.of(value.elt)
+        if isinstance(value, ast.IfExp):
+            return _union(self.of(part) for part in (value.body, value.orelse))
+        if isinstance(value, ast.Call) and _called(value) == "Send" and value.args:
+            return self.of(value.args[0])
+        if isinstance(value, ast.Call) and _called(value) == "Command" and not value.args:
+            words = {word.arg: word.value for word in value.keywords}
+            if None in words or "graph" in words:
+                return None
+            return self.of(words["goto"]) if "goto" in words else frozenset()
+        return None
+
+    def is_one(self, value: ast.expr | None) -> bool:
+        """Whether a value leads to one node at most."""
+        if value is None or isinstance(value, ast.Dict | ast.Constant):
+            return True
+        if isinstance(value, ast.Name):
+            if value.id in self._assigned:
+                return all(self.is_one(known) for known in self._assigned[value.id])
+            return isinstance(self._names(value.id), str)
+        if isinstance(value, ast.IfExp):
+            return self.is_one(value.body) and self.is_one(value.orelse)
+        if isinstance(value, ast.Call) and _called(value) == "Command" and not value.args:
+            words = {word.arg: word.value for word in value.keywords}
+            return None not in words and self.is_one(words.get("goto"))
+        return isinstance(value, ast.Call) and _called(value) == "Send"
+
+
+def _assigned(body: Sequence[ast.stmt]) -> dict[str, list[ast.expr]]:
+    """Local names that are only ever given plain values, with all of them."""
+    given: dict[str, list[ast.expr]] = {}
+    stores: dict[str, int] = {}
+    for node in _own_nodes(body):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            if isinstance(node.targets[0], ast.Name):
+                given.setdefault(node.targets[0].id, []).append(node.value)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+            given.setdefault(node.target.id, []).append(node.value)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            stores[node.id] = stores.get(node.id, 0) + 1
+    return {
+        name: values
+        for name, values in given.items()
+        if stores[name] == len(values) and not any(_uses(value, given) for value in values)
+    }
+
+
+def _uses(value: ast.expr, names: Mapping[str, Any]) -> bool:
+    return any(isinstance(node, ast.Name) and node.id in names for node in ast.walk(value))
+
+
+def _is_text(tree: Function) -> bool:
+    """Whether a function is declared to return one text."""
+    declared = None if isinstance(tree, ast.Lambda) else tree.returns
+    if isinstance(declared, ast.Subscript):
+        declared = declared.value
+        return isinstance(declared, ast.Name) and declared.id == "Literal"
+    return isinstance(declared, ast.Name) and declared.id == "str"
+
+
+def _text(value: Any) -> frozenset[str] | None:
+    return frozenset({value}) if isinstance(value, str) else None
+
+
+def _called(call: ast.Call) -> str:
+    function = call.func
+    if isinstance(function, ast.Subscript):  # Command[Literal["next"]](...)
+        function = function.value
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ""
+
+
+def _always_calls(tree: Function, names: Callable[[str], Any]) -> bool:
+    """Whether a chat model is called before anything in the function can branch off."""
+    assigned: dict[str, ast.expr] = {}
+    if isinstance(tree, ast.Lambda):
+        return _has_call(tree.body, names, assigned)
+    return _block_calls(tree.body, names, assigned)
+
+
+def _block_calls(
+    body: Sequence[ast.stmt], names: Callable[[str], Any], assigned: dict[str, ast.expr]
+) -> bool:
+    for statement in body:
+        value = getattr(statement, "value", None)  # of an assignment, a return, an expression
+        if isinstance(value, ast.expr) and _has_call(value, names, assigned):
+            return True
+        block = statement.body if isinstance(statement, ast.With | ast.AsyncWith) else ()
+        if _block_calls(block, names, assigned):
+            return True
+        inside = list(_own_nodes([statement]))
+        if any(isinstance(node, ast.Return) for node in inside):
+            return False
+        for node in inside:
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                assigned.pop(node.id, None)  # set here, perhaps in a branch: not known any more
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            assigned[statement.targets[0].id] = statement.value
+    return False
+
+
+def _has_call(
+    value: ast.expr, names: Callable[[str], Any], assigned: Mapping[str, ast.expr]
+) -> bool:
+    """Whether evaluating an expression always calls a model."""
+    if isinstance(value, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        return False
+    if isinstance(value, ast.IfExp):
+        return _has_call(value.test, names, assigned) or (
+            _has_call(value.body, names, assigned) and _has_call(value.orelse, names, assigned)
+        )
+    if isinstance(value, ast.BoolOp):
+        return _has_call(value.values[0], names, assigned)
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
+        is_call = value.func.attr in _CALLS
+        if is_call and _is_model(value.func.value, names, assigned):
+            return True
+    return any(_has_call(part, names, assigned) for part in _expressions(value))
+
+
+def _expressions(value: ast.expr) -> Iterator[ast.expr]:
+    for child in ast.iter_child_nodes(value):
+        if isinstance(child, ast.expr):
+            yield child
+        elif isinstance(child, ast.keyword):
+            yield child.value
+
+
+def _is_model(
+    value: ast.expr, names: Callable[[str], Any], assigned: Mapping[str, ast.expr]
+) -> bool:
+    """Whether an expression certainly is a chat model, or a chain with one in it."""
+    if isinstance(value, ast.Name):
+        if value.id in assigned:
+            inner = {name: node for name, node in assigned.items() if name != value.id}
+            return _is_model(assigned[value.id], names, inner)
+        return _holds_model(names(value.id))
+    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.BitOr):
+        return _is_model(value.left, names, assigned) or _is_model(value.right, names, assigned)
+    if isinstance(value, ast.Call):
+        if isinstance(value.func, ast.Attribute):  # model.bind_tools(...)
+            return value.func.attr in _MAKERS and _is_model(value.func.value, names, assigned)
+        if isinstance(value.func, ast.Name):  # ChatOpenAI(...)
+            made = names(value.func.id)
+            return isinstance(made, type) and issubclass(made, BaseChatModel)
+    return False
+
+
+def _holds_model(value: Any) -> bool:
+    if isinstance(value, RunnableBindingBase):
+        return _holds_model(value.bound)
+    if isinstance(value, RunnableWithFallbacks):
+        return _holds_model(value.runnable)
+    if isinstance(value, RunnableSequence):
+        return any(_holds_model(step) for step in value.steps)
+    return isinstance(value, BaseChatModel)
+
+
+def _both(left: frozenset[str] | None, right: frozenset[str] | None) -> frozenset[str] | None:
+    return None if left is None or right is None else left | right
+
+
+def _union(sets: Iterable[frozenset[str] | None]) -> frozenset[str] | None:
+    nothing: frozenset[str] | None = frozenset()
+    return functools.reduce(_both, sets, nothing)

@@ -1,0 +1,164 @@
+"""A dry run: what an app does with scripted answers, added to what its code tells.
+
+No model is loaded. A call that offers tools uses each of them once and then answers with text; one
+that asks for structured output gets the smallest value that its schema allows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import networkx as nx
+from langchain_core.messages import AIMessage
+from pydantic import BaseModel
+
+from marft_graph.engine.base import GenerationRequest
+from marft_graph.engine.fake import FakeEngine
+from marft_graph.episode import Episode
+from marft_graph.graph.flex_mg import FlexMG
+from marft_graph.names import agent_path
+from marft_graph.rollout.inputs import InputFunction
+from marft_graph.rollout.runner import run_episodes
+
+TEXT = "dry run"
+_MOST_EXAMPLES = 8
+_SECONDS = 30.0
+
+
+def add_dry_run(
+    flex_mg: FlexMG,
+    graph: Any,
+    examples: Iterable[Mapping[str, Any]],
+    inputs: InputFunction | None = None,
+) -> FlexMG:
+    """The Flex-MG with what some runs showed: more agents, and how often each calls its model.
+
+    Args:
+        flex_mg: of the same app, as compiled.
+        graph: the app; its nodes run, with their side effects, but no model does.
+        examples: what to run it on; the first 8 are used.
+        inputs: makes the graph's input from an example, where its keys do not fit.
+
+    Raises:
+        DatasetError: no examples, or an example without the graph's input keys.
+    """
+    engine = FakeEngine(answer)
+    try:
+        episodes = run_episodes(
+            graph,
+            list(islice(examples, _MOST_EXAMPLES)),
+            engine=engine,
+            inputs=inputs,
+            episode_timeout=_SECONDS,
+        )
+    finally:
+        engine.close()
+    found = flex_mg.graph.copy()
+    for node in {agent_path(call.node) for episode in episodes for call in episode.calls}:
+        _add_agent(found, node)
+    whole = [episode for episode in episodes if episode.ok]
+    for node, data in found.nodes(data=True):
+        if data["role"] == "agent" and whole:
+            calls = sum(agent_path(call.node) == node for e in whole for call in e.calls)
+            data["calls"] = round(calls / len(whole), 2)
+    result = replace(flex_mg, graph=found, notes=())
+    return replace(result, notes=(*_notes(result, episodes),))
+
+
+def answer(request: GenerationRequest) -> str | AIMessage:
+    """A scripted answer that keeps an app going: structure where it is asked for, tools in turn."""
+    schema = _schema(request.response_format)
+    if schema is not None:
+        return json.dumps(example_of(schema))
+    used = sum(message.type == "tool" for message in request.messages)
+    tools = [tool["function"] for tool in request.tools]
+    if request.tool_choice not in (None, "auto", "none"):
+        named = [tool for tool in tools if tool["name"] in str(request.tool_choice)]
+        tools, used = named or tools, 0
+    if used >= len(tools):
+        return TEXT
+    tool = tools[used]
+    args = example_of(tool.get("parameters", {}))
+    return AIMessage("", tool_calls=[{"name": tool["name"], "args": args, "id": f"call_{used}"}])
+
+
+def example_of(schema: Mapping[str, Any], root: Mapping[str, Any] | None = None) -> Any:
+    """A small value that a JSON schema allows.
+
+    >>> example_of({"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}})
+    {'n': 1}
+    """
+    root = schema if root is None else root
+    if "$ref" in schema:
+        target: Any = root
+        for part in schema["$ref"].lstrip("#/").split("/"):
+            target = target[part]
+        return example_of(target, root)
+    for name in ("const", "default"):
+        if name in schema:
+            return schema[name]
+    if schema.get("enum"):
+        return schema["enum"][0]
+    for name in ("anyOf", "oneOf", "allOf"):
+        if schema.get(name):
+            return example_of(schema[name][0], root)
+    kind = schema.get("type", "object" if "properties" in schema else "string")
+    kind = kind[0] if isinstance(kind, list) else kind
+    if kind == "object":
+        properties = schema.get("properties", {})
+        return {name: example_of(properties[name], root) for name in properties}
+    if kind == "array":
+        return [example_of(schema["items"], root)] if "items" in schema else []
+    number = schema.get("minimum", 1)
+    values = {"integer": int(number), "number": float(number), "boolean": True, "null": None}
+    return values.get(kind, TEXT[: schema.get("maxLength", len(TEXT))])
+
+
+def _schema(response_format: Any) -> Mapping[str, Any] | None:
+    if isinstance(response_format, type) and issubclass(response_format, BaseModel):
+        return response_format.model_json_schema()
+    if isinstance(response_format, Mapping) and response_format.get("type") == "json_schema":
+        inner = response_format.get("json_schema", response_format)
+        schema: Mapping[str, Any] = inner.get("schema", inner)
+        return schema
+    return None
+
+
+def _add_agent(graph: nx.MultiDiGraph[str], node: str) -> None:
+    """Make a node an agent; one that the code did not show stands where the node around it does."""
+    if node in graph:
+        graph.nodes[node]["role"] = "agent"
+        return
+    graph.add_node(node, role="agent")
+    around = node.rpartition("/")[0]
+    while around and around not in graph:
+        around = around.rpartition("/")[0]
+    if not around:
+        return
+    into, out = list(graph.in_edges(around, data=True)), list(graph.out_edges(around, data=True))
+    for source, _, data in into:
+        graph.add_edge(node if source == around else source, node, **data)
+    for _, target, data in out:
+        if target != around:
+            graph.add_edge(node, target, **data)
+    for a, b in ((around, node), (node, around), (node, node)):
+        graph.add_edge(a, b, kind="data", channel=f"the code of {around}", certain=False)
+    graph.add_edge(around, node, kind="conditional")
+    graph.add_edge(node, around, kind="conditional")
+
+
+def _notes(flex_mg: FlexMG, episodes: Sequence[Episode]) -> list[str]:
+    failed = Counter(e.status.removeprefix("failed: ") for e in episodes if not e.ok)
+    notes = [
+        f"dry run: {count} of {len(episodes)} runs failed: {why}"
+        for why, count in failed.most_common()
+    ]
+    if len(failed) and sum(failed.values()) == len(episodes):
+        return notes
+    silent = [a for a in flex_mg.agents if not flex_mg.graph.nodes[a].get("calls")]
+    return notes + [f"dry run: {agent} made no call" for agent in silent]
