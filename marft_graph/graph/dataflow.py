@@ -255,14 +255,14 @@ class _Region:
 
     def _earliest(self, edges: Sequence[tuple[str, Trigger]]) -> dict[str, float]:
         """The first superstep in which a node can run: a join waits for the last of its sources."""
-        first: dict[str, float] = {"": 0.0}
+        first: dict[str, float] = dict.fromkeys(self._graph, math.inf) | {"": 0.0}
         changed = True
         while changed:
             changed = False
             for place, trigger in edges:
                 sources = [s for s in trigger.join if s in self._graph and place != ""] or [place]
-                step = max(first.get(source, math.inf) for source in sources) + 1
-                if step < first.get(trigger.target, math.inf):
+                step = max(first[source] for source in sources) + 1
+                if step < first[trigger.target]:
                     first[trigger.target] = step
                     changed = True
         return first

@@ -4,8 +4,9 @@ Each graph run (a namespace of LangGraph's `tasks` stream) keeps for every chann
 the calls whose output the channel holds. A plain channel's provenance is replaced by its last
 writer's, a reducer's collects all writers'. A task knows the provenance of the channels it read;
 its calls depend on that and on the task's earlier calls; what it writes comes from its last calls,
-or, where it made none, from what it knew. Pure functions of recorded events: nothing here runs
-anything.
+or, where it made none, from what it knew. The run does not tell which task a `Send` came from: what
+was sent depends on all tasks of the superstep that may have sent it. Pure functions of recorded
+events: nothing here runs anything.
 """
 
 from __future__ import annotations
@@ -160,7 +161,9 @@ class _Task:
     known: Calls
     """What its input depends on."""
     reads: Mapping[str, Calls]
-    """The same by channel."""
+    """The same by channel; empty for what a `Send` started."""
+    given: Mapping[str, Calls]
+    """What a subgraph that the task runs is handed, by channel."""
     calls: list[int] = field(default_factory=list)
     runs: list[_Run] = field(default_factory=list)
     seen_by_branches: Calls = _NONE
@@ -191,9 +194,7 @@ class _Task:
     def output_of(self, channel: str, tracer: _Tracer) -> Calls:
         """The same for one channel: a node that is a graph hands its channels over by name."""
         if self.runs and self.run.shape is not None and self.name in self.run.shape.subgraphs:
-            inner = self.runs[-1].provenance
-            if channel in inner:
-                return inner[channel]
+            return self.runs[-1].of_channel(channel)
         return self.output(tracer)
 
     def all_calls(self) -> list[int]:
@@ -220,7 +221,7 @@ class _Run:
 
     def of_channel(self, channel: str) -> Calls:
         # A subgraph is given channels by name: one that was not among them holds nothing yet.
-        is_named = self.parent is not None and self.shape is not None and self.parent.reads
+        is_named = self.parent is not None and self.shape is not None and self.parent.given
         return self.provenance.get(channel, _NONE if is_named else self.entry)
 
     def everything(self) -> Calls:
@@ -283,7 +284,7 @@ class _Tracer:
                 outer = parent.run.shape
                 shape = outer.subgraphs.get(parent.name) if outer is not None else None
                 entry = parent.known_at(self._first_call_in(namespace), self)
-                run = _Run(parent, shape, entry, {} if shape is None else dict(parent.reads))
+                run = _Run(parent, shape, entry, {} if shape is None else dict(parent.given))
                 parent.runs.append(run)
             self._runs[namespace] = run
         return self._runs[namespace]
@@ -309,10 +310,13 @@ class _Tracer:
         if _SEND_TRIGGER in payload["triggers"]:
             reads: dict[str, Calls] = {}
             known = self._sent_to(run, name)
+            names = payload["input"] if isinstance(payload["input"], Mapping) else ()
+            given = {str(channel): known for channel in names}
         else:
             reads = {channel: run.of_channel(channel) for channel in _read(run, payload)}
             known = _NONE.union(*reads.values())
-        task = _Task(name, run, known, reads, self._calls_of.get(payload["id"], []))
+            given = reads
+        task = _Task(name, run, known, reads, given, self._calls_of.get(payload["id"], []))
         run.current.append(task)
         run.tasks.append(task)
         self._tasks[payload["id"]] = task

@@ -124,11 +124,14 @@ def graph_sources(draw: st.DrawFn, prefix: str = "n", inner: str = "") -> str:
         if i == count - 1 and draw(st.sampled_from([True, False, False])):
             given += ", defer=True"
         source += f"builder.add_node({name!r}, {name}{given})\n"
+    sends = 1  # a run does not tell which of several tasks sent: then all count, see `trace`
     for i, name in enumerate(names):
         later = names[i + 1 :]
         for other in later:
             if other == names[i + 1] or draw(st.sampled_from([True, False, False, False])):
                 kind = draw(st.sampled_from(["edge", "edge", "choice", "plain", "send", "none"]))
+                if kind == "send":
+                    kind, sends = ("send", 0) if sends else ("edge", 0)
                 source += draw(link_sources(name, other, names, kind, i))
         if i == 0 and len(later) > 2 and draw(st.booleans()):
             source += f"builder.add_edge([{later[0]!r}, {later[1]!r}], {later[2]!r})\n"
