@@ -120,8 +120,9 @@ class _Compiler:
                 may_write=channels if reading.may_write is None else reading.may_write & channels,
                 must_write=reading.must_write & channels,
                 always_calls=found.calls_model and reading.always_calls,
+                calls_again=found.calls_model and not reading.calls_once,
                 is_graph=isinstance(bound, Pregel),
-                hands_over=bool(found.graphs) and _hands_over(found),
+                hands_over=bool(found.graphs) and "PARENT" in _mentions_inside(found),
             )
             if isinstance(app, CompiledStateGraph) and app.builder.nodes[name].cache_policy:
                 node.always_calls = False
@@ -170,6 +171,7 @@ class _Compiler:
                 reads=frozenset({"input"}),
                 may_write=frozenset({"result"}),
                 must_write=frozenset(),
+                calls_again=True,  # code decides how often a task is run
             )
             self._fill(node, inner, above)
         names = frozenset({"input", "result"})
@@ -240,6 +242,8 @@ def _triggers(
     for name in nodes:
         spec, reading = builder.nodes[name], readings[name]
         mentions = findings[name].users_mentions
+        if nodes[name].hands_over:
+            mentions = _mentions_inside(findings[name])
         kind = "fan_out" if "Send" in mentions else "conditional"
         targets = set(spec.ends or ())
         if not targets and reading.targets is not None:
@@ -258,11 +262,12 @@ def _triggers(
     return sorted(set(found), key=lambda t: (t.source, t.target, t.kind, t.join, t.choice))
 
 
-def _hands_over(found: Findings, seen: frozenset[int] = frozenset()) -> bool:
-    """Whether users' code in a node, or in graphs inside it, goes to a node of a graph above."""
-    return "PARENT" in found.users_mentions or any(
-        _hands_over(inspect_node(node.bound), seen | {id(graph)})
+def _mentions_inside(found: Findings, seen: frozenset[int] = frozenset()) -> frozenset[str]:
+    """Names that users' code in a node uses, and that in the graphs inside it."""
+    inner = (
+        _mentions_inside(inspect_node(node.bound), seen | {id(graph)})
         for graph in found.graphs
         if id(graph) not in seen
         for node in graph.nodes.values()
     )
+    return found.users_mentions.union(*inner)

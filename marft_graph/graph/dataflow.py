@@ -52,6 +52,8 @@ class Node:
     must_write: Names
     always_calls: bool = False
     """Whether it calls a model itself in every run."""
+    calls_again: bool = False
+    """Whether one run of it may call a model several times."""
     is_graph: bool = False
     """Whether it is a subgraph, which shares channels by name; else it may hand over anything."""
     is_visible: bool = True
@@ -309,13 +311,18 @@ class _Leaf:
     scopes: tuple[Scope, ...]
     names: tuple[str, ...]
 
+    @property
+    def path(self) -> str:
+        """The vertex; for a node that is none, a name that no vertex has."""
+        return self.node.path if self.node.is_visible else f"the code of {self.node.path}"
+
 
 class _Flows:
     def __init__(self, top: Scope) -> None:
         self._top = top
         self._leaves = list(_leaves(top, (), ()))
-        self._up = {leaf.node.path: _outward(leaf) for leaf in self._leaves}
-        self._down = {leaf.node.path: _inward(leaf) for leaf in self._leaves}
+        self._up = {leaf.path: _outward(leaf) for leaf in self._leaves}
+        self._down = {leaf.path: _inward(leaf) for leaf in self._leaves}
         self._found: dict[tuple[str, str], dict[str, bool]] = {}
 
     def all(self) -> Iterator[Flow]:
@@ -323,20 +330,22 @@ class _Flows:
             for target in self._leaves:
                 for channel, is_certain in self._between(source, target):
                     self._add(source, target, channel, is_certain)
+            if source.node.calls_again:
+                self._add(source, source, "its own earlier call", False)
         self._add_sent()
         for leaf in self._leaves:
             if not leaf.node.is_visible:
-                self._contract(leaf.node.path)
+                self._contract(leaf.path)
         for leaf in self._leaves:
-            for channel in sorted(self._up[leaf.node.path][0] & self._top.outputs):
+            for channel in sorted(self._up[leaf.path][0] & self._top.outputs):
                 if leaf.node.is_visible:
-                    self._found.setdefault((leaf.node.path, END), {})[channel] = False
+                    self._found.setdefault((leaf.path, END), {})[channel] = False
         for (a, b), channels in sorted(self._found.items()):
             for channel, is_certain in sorted(channels.items()):
                 yield Flow(a, b, channel, is_certain)
 
     def _add(self, source: _Leaf, target: _Leaf, channel: str, is_certain: bool) -> bool:
-        channels = self._found.setdefault((source.node.path, target.node.path), {})
+        channels = self._found.setdefault((source.path, target.path), {})
         is_new = channel not in channels
         channels[channel] = channels.get(channel, False) or is_certain
         return is_new
@@ -357,7 +366,7 @@ class _Flows:
             if scope is not other:
                 return
             a, b = source.names[level], target.names[level]
-            written, read = self._up[source.node.path][level], self._down[target.node.path][level]
+            written, read = self._up[source.path][level], self._down[target.path][level]
             if scope.order.before(a, b):
                 for channel in sorted(written & read):
                     yield channel, self._is_certain(source, target, level, channel)
@@ -370,8 +379,8 @@ class _Flows:
         leaves = len(source.scopes) - 1 > level, len(target.scopes) - 1 > level
         if not any(leaves):
             return False  # the node itself, twice
-        out = self._up[source.node.path][level + 1] if leaves[0] else {""}
-        into = self._down[target.node.path][level + 1] if leaves[1] else {""}
+        out = self._up[source.path][level + 1] if leaves[0] else {""}
+        into = self._down[target.path][level + 1] if leaves[1] else {""}
         return bool(out and into)
 
     def _is_certain(self, source: _Leaf, target: _Leaf, level: int, channel: str) -> bool:
@@ -396,7 +405,7 @@ class _Flows:
             leaf.names[level]
             for leaf in self._leaves
             for level, other in enumerate(leaf.scopes)
-            if other is scope and channel in self._up[leaf.node.path][level]
+            if other is scope and channel in self._up[leaf.path][level]
         }
 
     def _add_sent(self) -> None:
@@ -422,23 +431,23 @@ class _Flows:
         return [leaf for leaf, level in self._inside(scope, name) if self._takes(leaf, level)]
 
     def _takes(self, leaf: _Leaf, level: int) -> bool:
-        return len(leaf.scopes) == level + 1 or bool(self._down[leaf.node.path][level + 1])
+        return len(leaf.scopes) == level + 1 or bool(self._down[leaf.path][level + 1])
 
     def _known_to(self, scope: Scope, trigger: Trigger) -> list[_Leaf]:
         """Leaves whose output a node in `scope`, or its branch, hands on when it sends."""
         inside = [leaf for leaf, _ in self._inside(scope, trigger.source)]
-        paths = {leaf.node.path for leaf in inside}
+        paths = {leaf.path for leaf in inside}
         known = [
             leaf
             for leaf in self._leaves
-            if any(leaf.node.path == a and b in paths for a, b in self._found)
+            if any(leaf.path == a and b in paths for a, b in self._found)
         ]
         read = [
             leaf
             for leaf in self._leaves
             for level, other in enumerate(leaf.scopes)
             if other is scope
-            and self._up[leaf.node.path][level] & trigger.reads
+            and self._up[leaf.path][level] & trigger.reads
             and scope.order.before(leaf.names[level], trigger.source)
         ]
         return [*inside, *known, *read]

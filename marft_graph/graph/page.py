@@ -89,7 +89,7 @@ def _about(flex_mg: FlexMG, node: str, overlay: Overlay | None) -> dict[str, Any
     for agent in flex_mg.agents:
         dependency = flex_mg.dependency(node, agent)
         if dependency != "never":
-            why = flex_mg.explain(node, agent)
+            why = flex_mg.explain(node, agent).partition("): ")[2]
             observes.append({"agent": agent, "dependency": dependency, "why": why})
         elif agent != node and explain_never:
             never.append({"agent": agent, "why": flex_mg.explain(node, agent)})

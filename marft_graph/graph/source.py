@@ -16,12 +16,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel
-from langchain_core.runnables import RunnableSequence, RunnableWithFallbacks
+from langchain_core.runnables import RunnableBinding, RunnableSequence, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import run_in_executor
 from langgraph.pregel import Pregel
 
+from marft_graph.graph.roles import inspect_node
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+_REPEATING = (
+    *(ast.For, ast.AsyncFor, ast.While, ast.ListComp, ast.SetComp, ast.DictComp),
+    *(ast.GeneratorExp, ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef),
+)
 _CALLS = frozenset({"invoke", "ainvoke"})
 _MAKERS = frozenset(
     {"bind", "bind_tools", "pipe", "with_config", "with_fallbacks", "with_retry"}
@@ -43,6 +49,8 @@ class Reading:
     """Whether it goes to one node at a time, and not to several at once."""
     always_calls: bool = False
     """Whether every run that ends well has called a chat model."""
+    calls_once: bool = False
+    """Whether no run calls a chat model more than once."""
 
     def __or__(self, other: Reading) -> Reading:
         """What holds for either of two functions."""
@@ -52,6 +60,7 @@ class Reading:
             _both(self.targets, other.targets),
             self.goes_one_way and other.goes_one_way,
             self.always_calls and other.always_calls,
+            self.calls_once and other.calls_once,
         )
 
 
@@ -62,6 +71,10 @@ def read_source(bound: Any) -> Reading:
         bound: a function, a partial, a method, an object with `__call__`, or a Runnable made of
             one, such as `app.nodes[name].bound`.
     """
+    if isinstance(bound, RunnableSequence):
+        return dataclasses.replace(
+            read_source(bound.steps[-1]), always_calls=False, calls_once=_is_one_call(bound)
+        )
     readings = [_read_function(function) for function in _functions(bound)]
     return functools.reduce(Reading.__or__, readings) if readings else Reading()
 
@@ -100,6 +113,7 @@ def _read_function(function: types.FunctionType) -> Reading:
         targets=_union(targets.of(value) for value in returned),
         goes_one_way=_is_text(tree) or all(map(targets.is_one, returned)),
         always_calls=_always_calls(tree, names),
+        calls_once=_calls_once(tree, names),
     )
 
 
@@ -230,7 +244,7 @@ class _Targets:
 
     def __init__(self, tree: Function, names: Callable[[str], Any]) -> None:
         self._names = names
-        self._assigned = {} if isinstance(tree, ast.Lambda) else _assigned(tree.body)
+        self._assigned = _locals(tree)
 
     def of(self, value: ast.expr | None) -> frozenset[str] | None:
         """Nodes that a value may lead to; None where it may be any."""
@@ -273,8 +287,9 @@ class _Targets:
         return isinstance(value, ast.Call) and _called(value) == "Send"
 
 
-def _assigned(body: Sequence[ast.stmt]) -> dict[str, list[ast.expr]]:
+def _locals(tree: Function) -> dict[str, list[ast.expr]]:
     """Local names that are only ever given plain values, with all of them."""
+    body = [] if isinstance(tree, ast.Lambda) else tree.body
     given: dict[str, list[ast.expr]] = {}
     stores: dict[str, int] = {}
     for node in _own_nodes(body):
@@ -392,6 +407,53 @@ def _is_model(
             made = names(value.func.id)
             return isinstance(made, type) and issubclass(made, BaseChatModel)
     return False
+
+
+def _calls_once(tree: Function, names: Callable[[str], Any]) -> bool:
+    """Whether what can call a model is named once in a function, outside of loops."""
+    body = [tree.body] if isinstance(tree, ast.Lambda) else tree.body
+    places = [place for node in body for place in _names_in(node, is_repeated=False)]
+    calling = [(name, is_repeated) for name, is_repeated in places if _can_call(names(name))]
+    assigned = {name: values[0] for name, values in _locals(tree).items() if len(values) == 1}
+    seen = [
+        node
+        for part in body
+        for node in ast.walk(part)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in _CALLS
+        and _is_model(node.func.value, names, assigned)
+    ]
+    if len(seen) != 1 or len(calling) != 1:
+        return False  # often, or in a way that is not seen here
+    name, is_repeated = calling[0]
+    return not is_repeated and _is_one_call(names(name))
+
+
+def _names_in(node: ast.AST, *, is_repeated: bool) -> Iterator[tuple[str, bool]]:
+    """Names that are read, and whether that may happen several times."""
+    if isinstance(node, ast.Name):
+        yield node.id, is_repeated
+    if isinstance(node, ast.Attribute) and node.attr in ("batch", "abatch", "with_retry"):
+        is_repeated = True
+    inside = is_repeated or isinstance(node, _REPEATING)
+    for child in ast.iter_child_nodes(node):
+        yield from _names_in(child, is_repeated=inside)
+
+
+def _can_call(value: Any) -> bool:
+    found = inspect_node(value)
+    return found.calls_model or bool(found.graphs) or bool(found.tasks)
+
+
+def _is_one_call(value: Any) -> bool:
+    """Whether running a value calls a model once."""
+    if isinstance(value, RunnableSequence):
+        calling = [step for step in value.steps if _can_call(step)]
+        return len(calling) == 1 and _is_one_call(calling[0])
+    if type(value) is RunnableBinding:
+        return _is_one_call(value.bound)
+    return isinstance(value, BaseChatModel)
 
 
 def _holds_model(value: Any) -> bool:

@@ -75,16 +75,18 @@ def answer(request: GenerationRequest) -> str | AIMessage:
     schema = _schema(request.response_format)
     if schema is not None:
         return json.dumps(example_of(schema))
-    used = sum(message.type == "tool" for message in request.messages)
     tools = [tool["function"] for tool in request.tools]
     if request.tool_choice not in (None, "auto", "none"):
-        named = [tool for tool in tools if tool["name"] in str(request.tool_choice)]
-        tools, used = named or tools, 0
-    if used >= len(tools):
+        tools = [tool for tool in tools if tool["name"] in str(request.tool_choice)] or tools
+    else:
+        earlier = [m for m in request.messages if isinstance(m, AIMessage)]
+        used = {call["name"] for message in earlier for call in message.tool_calls}
+        tools = [tool for tool in tools if tool["name"] not in used]
+    if not tools:
         return TEXT
-    tool = tools[used]
-    args = example_of(tool.get("parameters", {}))
-    return AIMessage("", tool_calls=[{"name": tool["name"], "args": args, "id": f"call_{used}"}])
+    name, args = tools[0]["name"], example_of(tools[0].get("parameters", {}))
+    number = len(request.messages)
+    return AIMessage("", tool_calls=[{"name": name, "args": args, "id": f"call_{number}"}])
 
 
 def example_of(schema: Mapping[str, Any], root: Mapping[str, Any] | None = None) -> Any:

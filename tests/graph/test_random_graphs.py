@@ -213,9 +213,8 @@ def check(source: str, turns: list[int]) -> bool:
         calls.add_edges_from((parent, tags[call.index]) for parent in found)
         for parent in call.parents:
             other = episode.calls[parent]
-            if other.task_id != call.task_id:
-                i, j = agent_path(call.node), agent_path(other.node)
-                assert flex_mg.dependency(i, j) != "never", ("never", i, j, source)
+            i, j = agent_path(call.node), agent_path(other.node)
+            assert flex_mg.dependency(i, j) != "never", ("never", i, j, source)
     assert nx.is_directed_acyclic_graph(calls)
     called = {agent_path(call.node) for call in episode.calls}
     assert called <= set(flex_mg.agents)
