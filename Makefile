@@ -13,10 +13,10 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # Extra arguments for pytest, for example: make test PYTEST_ARGS="-k trace"
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test browser-test check format clean
 
 help:  ## show this help
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 	@echo
 	@echo "Variables: RUN_DIR=DIR (demo), PYTEST_ARGS=... (test), PYTHON=... and TORCH_INDEX=URL (set-up)"
 
@@ -57,6 +57,14 @@ demo: $(INSTALLED)  ## train workflows/math_duo into RUN_DIR (default runs/demo)
 
 test: $(INSTALLED)  ## run the tests (CPU, offline)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Chromium: the system's, else Debian's package (needs root), else the one that Playwright downloads.
+browser-test: $(INSTALLED)  ## install a browser where there is none, and test the graph's page in it
+	@$(PIP) install -q -e ".[browser]" -c constraints.txt
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+	  || { apt-get install -y -q chromium >/dev/null 2>&1 && echo "Installed chromium"; } \
+	  || $(BIN)/playwright install chromium
+	@$(BIN)/python -m pytest tests/graph/test_page.py $(PYTEST_ARGS)
 
 check: $(INSTALLED)  ## lint, format and strict types, changing nothing
 	$(BIN)/ruff check .

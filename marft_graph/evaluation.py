@@ -93,7 +93,7 @@ def evaluate_export(
     app = as_compiled(graph)
     manifest = read_manifest(export_dir)
     try:
-        nodes = resolve_nodes(compile_graph(app), tuple(manifest.nodes))
+        nodes = resolve_nodes(compile_graph(app), tuple(manifest.nodes), found_before=True)
     except UnknownNodeError as error:
         raise ExportError(f"{export_dir} was exported from another graph: {error}") from error
     examples = as_examples(dataset, "dataset")

@@ -105,8 +105,7 @@ class Trainer:
             config if isinstance(config, TrainConfig) else TrainConfig.from_mapping(config)
         )
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
-        self.flex_mg = compile_graph(self.graph).training(self.config.nodes)
-        self.nodes = self.flex_mg.agents
+        found = compile_graph(self.graph)
         self._reward = reward
         self._inputs = inputs
         self._train = as_examples(train_dataset, "train_dataset")
@@ -114,6 +113,10 @@ class Trainer:
         for examples in (self._train, self._eval):
             if examples is not None:
                 check_examples(self.graph, [examples[0]], inputs)
+        if not found.agents or found.uncertain or set(self.config.nodes) - set(found.agents):
+            found = compile_graph(self.graph, self._train, inputs)  # its code did not tell all
+        self.flex_mg = found.training(self.config.nodes)
+        self.nodes = self.flex_mg.agents
         self.run_dir = claim_run_folder(run_dir, overwrite=overwrite, resume=resume)
         self._extra_settings = dict(extra_settings or {})
         self.policy = Policy.load(

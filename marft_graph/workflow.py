@@ -17,7 +17,8 @@ from langgraph.graph import StateGraph
 from langgraph.pregel import Pregel
 
 from marft_graph.config import read_yaml
-from marft_graph.errors import WorkflowError
+from marft_graph.errors import GraphError, WorkflowError
+from marft_graph.graph.compile import as_compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +135,20 @@ def _load_langgraph_json(path: Path, name: str) -> Workflow:
 def _variable(path: Path, name: str, named_in: Path | None = None) -> Any:
     """The graph in a variable, or made by a function without arguments."""
     module = load_module(path)
-    where = f"{path}" if named_in is None else f"{path} (named in {named_in})"
+    where = f"{path}"
+    if named_in is not None:
+        where += f" (named in {named_in}{_line_with(named_in, f':{name}')})"
     if not hasattr(module, name):
         graphs = [k for k, v in vars(module).items() if isinstance(v, Pregel | StateGraph)]
         found = f"its graphs are: {', '.join(graphs)}" if graphs else "it has no graph"
         raise WorkflowError(f"{where} has no variable {name!r}; {found}")
     value = getattr(module, name)
-    if isinstance(value, Pregel | StateGraph) or not callable(value):
+    if isinstance(value, StateGraph):
+        try:
+            return as_compiled(value)
+        except GraphError as error:
+            raise WorkflowError(f"{path}{_line_with(path, f'{name} = ')}: {error}") from error
+    if isinstance(value, Pregel) or not callable(value):
         return value
     needed = [
         p.name
@@ -153,6 +161,12 @@ def _variable(path: Path, name: str, named_in: Path | None = None) -> Any:
         return value({}) if needed else value()
     except Exception as error:
         raise WorkflowError(_import_problem(path, error)) from error
+
+
+def _line_with(path: Path, text: str) -> str:
+    """`, line N` of the first line of a file that has a text; empty where none has."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((f", line {n}" for n, line in enumerate(lines, 1) if text in line), "")
 
 
 def _import_problem(path: Path, error: BaseException) -> str:

@@ -54,7 +54,7 @@ def bind(
     folder = Path(export_dir)
     manifest = read_manifest(folder)
     try:
-        resolve_nodes(compile_graph(app), tuple(manifest.nodes))
+        resolve_nodes(compile_graph(app), tuple(manifest.nodes), found_before=True)
     except LookupError as error:
         raise ExportError(f"{folder} was exported from another graph: {error}") from error
     policy = Policy.from_folders(

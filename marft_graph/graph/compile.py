@@ -83,10 +83,10 @@ def _compile(graph: Any) -> FlexMG:
     compiler.graph.add_node(START, role="boundary")
     compiler.graph.add_node(END, role="boundary")
     entries, exits = compiler.connect(top)
-    for node in entries:
-        compiler.edge(START, node, "control")
-    for node in exits:
-        compiler.edge(node, END, "control")
+    for node, kind in entries:
+        compiler.edge(START, node, kind)
+    for node, kind in exits:
+        compiler.edge(node, END, kind)
     for flow in flows(top):
         data = {"kind": "data", "channel": flow.channel, "certain": flow.is_certain}
         compiler.graph.add_edge(flow.source, flow.target, key=f"data:{flow.channel}", **data)
@@ -179,33 +179,41 @@ class _Compiler:
         triggers += [Trigger(name, END, "control") for name in nodes]
         return Scope(nodes, triggers, names, names, names, frozenset(), is_ordered=False)
 
-    def connect(self, scope: Scope) -> tuple[set[str], set[str]]:
+    def connect(self, scope: Scope) -> tuple[_Ends, _Ends]:
         """Add a graph's control edges; the vertices that can run first, and those that can last."""
-        first: dict[str, set[str]] = {}
-        last: dict[str, set[str]] = {}
+        first: dict[str, _Ends] = {}
+        last: dict[str, _Ends] = {}
         for name, node in scope.nodes.items():
             parts = [self.connect(inner) for inner in node.inner]
             first[name] = set().union(*(entries for entries, _ in parts))
             last[name] = set().union(*(exits for _, exits in parts))
             if node.is_visible:  # calls a model itself, before or after the graphs inside it
-                for entry in first[name]:
-                    self.edge(node.path, entry, "conditional")
-                for exit_ in last[name]:
+                for entry, kind in first[name]:
+                    self.edge(node.path, entry, _stronger("conditional", kind))
+                for exit_, _ in last[name]:
                     self.edge(exit_, node.path, "conditional")
-                first[name] = last[name] = {node.path}
-        entries: set[str] = set()
-        exits: set[str] = set()
+                first[name] = last[name] = {(node.path, "control")}
+        entries: _Ends = set()
+        exits: _Ends = set()
         for trigger in scope.triggers:
             source, target = trigger.source, trigger.target
             if source == START and target in first:
-                entries |= first[target]
+                entries |= {(b, _stronger(trigger.kind, kind)) for b, kind in first[target]}
             elif target == END and source in last:
-                exits |= last[source]
+                exits |= {(a, _stronger(trigger.kind, kind)) for a, kind in last[source]}
             elif source in last and target in first:
-                for a in last[source]:
-                    for b in first[target]:
-                        self.edge(a, b, trigger.kind)
+                for a, leaving in last[source]:
+                    for b, entering in first[target]:
+                        self.edge(a, b, _stronger(leaving, trigger.kind, entering))
         return entries, exits
+
+
+_Ends = set[tuple[str, str]]  # (node path, kind of the edge from START or to END)
+
+
+def _stronger(*kinds: str) -> str:
+    """The kind of an edge that passes the boundary of a graph inside a node."""
+    return max(kinds, key=("control", "conditional", "fan_out").index)
 
 
 def _triggers(

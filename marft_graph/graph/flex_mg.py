@@ -343,20 +343,27 @@ def _reached(graph: nx.DiGraph[str], start: str, stop: set[str]) -> set[str]:
     return found
 
 
-def resolve_nodes(flex_mg: FlexMG, names: Sequence[str]) -> tuple[str, ...]:
+def resolve_nodes(
+    flex_mg: FlexMG, names: Sequence[str], *, found_before: bool = False
+) -> tuple[str, ...]:
     """Names of agents as users give them, checked; all agents where none is given.
+
+    With `found_before`, a dry run may have found the names: then nodes that are not known to call a
+    model, and what is inside them, pass as well.
 
     Raises:
         UnknownNodeError: a name is no agent of the graph; the message lists those there are.
         GraphError: the graph has no agent.
     """
-    if not flex_mg.agents:
+    if not flex_mg.agents and not (found_before and names):
         raise GraphError(
             "no node of the graph calls a chat model, so there is nothing to train; nodes are "
             f"{', '.join(flex_mg.environment) or 'none'}"
         )
     for name in names:
-        if name not in flex_mg.agents:
+        around = [name[:end] for end, char in enumerate(name) if char == "/"]
+        passes = found_before and any(path in flex_mg.graph for path in (name, *around))
+        if name not in flex_mg.agents and not passes:
             raise UnknownNodeError(_unknown(name, flex_mg))
     return tuple(dict.fromkeys(names)) or flex_mg.agents
 

@@ -7,6 +7,7 @@ Runnables it is made of are searched for chat models and for other graphs.
 from __future__ import annotations
 
 import dataclasses
+import dis
 import functools
 import inspect
 import types
@@ -127,9 +128,9 @@ def _function_parts(function: types.FunctionType) -> Iterator[Any]:
     if _package(function.__module__) in _LIBRARIES:
         return  # its globals are the library's own business; what a user gave it is in its closure
     for code in _codes(function.__code__):
-        for name in code.co_names:
-            if name in function.__globals__:
-                yield function.__globals__[name]
+        for instruction in dis.get_instructions(code):
+            if instruction.opname == "LOAD_GLOBAL" and instruction.argval in function.__globals__:
+                yield function.__globals__[instruction.argval]
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

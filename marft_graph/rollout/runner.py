@@ -151,7 +151,7 @@ def _trained(graph: Pregel[Any, Any, Any, Any], nodes: Sequence[str] | None) -> 
         return frozenset()
     if set(nodes) <= _node_names(graph):
         return frozenset(agent_path(node) for node in nodes)
-    return frozenset(resolve_nodes(compile_graph(graph), tuple(nodes)))
+    return frozenset(resolve_nodes(compile_graph(graph), tuple(nodes), found_before=True))
 
 
 def _node_names(graph: Pregel[Any, Any, Any, Any], prefix: str = "") -> frozenset[str]:
