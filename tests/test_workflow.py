@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from langgraph.graph import StateGraph
+from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
 
 from marft_graph.errors import WorkflowError
@@ -55,8 +55,8 @@ def test_without_a_name_the_variable_is_graph(app: Path) -> None:
     assert isinstance(load_target(str(app)).graph, Pregel)
 
 
-def test_an_uncompiled_builder_is_found(app: Path) -> None:
-    assert isinstance(load_target(f"{app}:builder").graph, StateGraph)
+def test_an_uncompiled_builder_is_found_and_compiled(app: Path) -> None:
+    assert isinstance(load_target(f"{app}:builder").graph, CompiledStateGraph)
 
 
 def test_a_langgraph_json_names_its_graph(app: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_langgraph_json_names_its_graph(app: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("./app.py:grph", r"app\.py \(named in .*langgraph\.json\) has no variable 'grph'; its"),
+        ("./app.py:grph", r"app\.py \(named in .*\.json, line 1\) has no variable 'grph'; its"),
         ("./gone.py:graph", r"names \./gone\.py, which does not exist"),
         ("./app.py", r"it must be file\.py:variable"),
     ],
