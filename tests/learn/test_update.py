@@ -9,12 +9,14 @@ import pytest
 import torch
 from langchain_core.messages import HumanMessage
 
+from marft_graph.agents import agents_of
 from marft_graph.config import TrainConfig
 from marft_graph.engine.base import GenerationRequest, SamplingSettings
 from marft_graph.engine.local import LocalEngine
 from marft_graph.episode import Call, Episode
 from marft_graph.learn.update import Learner
 from marft_graph.policy.adapters import Policy
+from marft_graph.policy.team import Team
 
 AGENTS = ("reasoner", "actor")
 
@@ -53,8 +55,8 @@ def sampled_episodes(policy: Policy, count: int, temperature: float = 1.0) -> li
 
 def learner(model: Path, **settings: object) -> tuple[Policy, Learner]:
     config = TrainConfig(base_model=str(model), learning_rate=1e-2, **settings)
-    policy = Policy.load(str(model), AGENTS)
-    return policy, Learner(policy, config)
+    team = Team.load(agents_of(AGENTS, config), config)
+    return team.policies[0], Learner(team, config)
 
 
 def weights(policy: Policy, agent: str) -> list[torch.Tensor]:
