@@ -175,7 +175,7 @@ class Policy:
     def checkpoint_gradients(self) -> None:
         """Keep no activations inside layers; the backward pass computes them again."""
         base = _base_of(self.model)
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.activation_checkpointing_enable({"use_reentrant": False})
         self._checkpointed = [
             module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)
         ]
