@@ -192,7 +192,9 @@ class TokenizerCodec:
     def _parse_as_declared(
         self, ids: Sequence[int], tools: Sequence[dict[str, Any]]
     ) -> tuple[str, str, list[WrittenCall]] | None:
-        """What the tokenizer's response template reads; None where it has none or cannot read."""
+        """What the tokenizer's response template reads; None where it has none, or reads calls
+        though there are no tools.
+        """
         if getattr(self._tokenizer, "response_template", None) is None:
             return None
         try:
@@ -201,13 +203,16 @@ class TokenizerCodec:
                 prefix=self._habits.generation_prompt,
                 tools=list(tools) or None,
             )
-        except (ValueError, KeyError, TypeError):
-            return None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reasoning, content, written = self._parse_text(self._readable(ids), tools)
+            if tools and not written:
+                written, content = [WrittenCall(content, problem=f"{error}")], ""
+            return reasoning, content, written
         calls = [
             call_from_json(call.get("function", call), json.dumps(call, ensure_ascii=False))
             for call in answer.get("tool_calls", ())
         ]
-        if (calls and not tools) or any(call.problem for call in calls):
+        if calls and not tools:
             return None
         reasoning = answer.get("reasoning_content") or answer.get("thinking") or ""
         return str(reasoning), str(answer.get("content") or ""), calls
