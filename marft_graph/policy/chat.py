@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +24,7 @@ from langchain_core.messages import (
 from transformers import PreTrainedTokenizerBase
 
 from marft_graph.errors import ModelError
+from marft_graph.policy.template_habits import TemplateHabits, habits_of
 from marft_graph.policy.tool_formats import (
     WrittenCall,
     call_from_json,
@@ -48,18 +47,6 @@ PLAIN_TEMPLATE = (
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _SENTINEL = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 _NINE_LETTER_IDS = re.compile(r"length\s*!=\s*9")
-
-
-@dataclass(frozen=True, slots=True)
-class TemplateHabits:
-    """What a chat template does, found out by rendering short conversations with it."""
-
-    generation_prompt: str = ""
-    """What opens the assistant's turn."""
-    most_calls: float = math.inf
-    """Tool calls of one message that it can write: 0, 1 or any number."""
-    arguments_as_text: bool = False
-    """It wants a call's arguments as JSON text, not as an object."""
 
 
 class TokenizerCodec:
@@ -309,60 +296,14 @@ class TokenizerCodec:
             return None
         if not message.invalid_tool_calls and len(message.tool_calls) <= self._habits.most_calls:
             return None
-        text = self._readable(ids)
-        _, content, written = self._parse_text(text, tools or ({},))
-        calls, invalid = langchain_calls(written)
-        same = (
-            content == message.content
-            and [(c["name"], c["args"]) for c in calls]
-            == [(c["name"], c["args"]) for c in message.tool_calls]
-            and [c["args"] for c in invalid] == [c["args"] for c in message.invalid_tool_calls]
-        )
-        return self._without_reasoning(text)[1] if same else None
+        written = self.parse(ids, tools=tools or ({},))
+        if _said(written) != _said(message):
+            return None
+        return self._without_reasoning(self._readable(ids))[1]
 
     @cached_property
     def _habits(self) -> TemplateHabits:
-        ask = {"role": "user", "content": "ask"}
-        opened = self._probe([ask])
-        closed = self._probe([ask], add_generation_prompt=False)
-        as_text = not self._writes_calls(1, as_text=False) and self._writes_calls(1, as_text=True)
-        counts = [n for n in (1, 2) if self._writes_calls(n, as_text=as_text)]
-        return TemplateHabits(
-            generation_prompt=opened.removeprefix(closed) if opened.startswith(closed) else "",
-            most_calls=math.inf if 2 in counts else max(counts, default=0),
-            arguments_as_text=as_text,
-        )
-
-    def _writes_calls(self, count: int, *, as_text: bool) -> bool:
-        """Whether the template writes the arguments of so many calls in one message."""
-        arguments = [{"key": f"value{n}"} for n in range(count)]
-        calls = [
-            {
-                "type": "function",
-                "id": f"probecall{n}"[-9:],
-                "function": {"name": "probe", "arguments": json.dumps(args) if as_text else args},
-            }
-            for n, args in enumerate(arguments)
-        ]
-        results = [{"role": "tool", "content": "", "tool_call_id": call["id"]} for call in calls]
-        schema = {"name": "probe", "description": "", "parameters": {"properties": {}}}
-        text = self._probe(
-            [
-                {"role": "user", "content": "ask"},
-                {"role": "assistant", "content": "", "tool_calls": calls},
-                *results,
-            ],
-            tools=[{"type": "function", "function": schema}],
-        )
-        # As JSON inside JSON, quotes are escaped: then text is not what the template wants.
-        return all(f"value{n}" in text for n in range(count)) and '\\"' not in text
-
-    def _probe(self, turns: Sequence[dict[str, Any]], tools: Any = None, **settings: bool) -> str:
-        """What the template makes of a conversation; nothing where it refuses."""
-        try:
-            return self._apply(turns, tools, **settings)
-        except Exception:  # noqa: BLE001 - any jinja error: that is the answer
-            return ""
+        return habits_of(self._apply)
 
     def _shielded(self, value: Any, *, allowed: frozenset[str] = frozenset()) -> Any:
         """The value with special tokens in its texts replaced by sentinels, save those allowed."""
@@ -388,6 +329,12 @@ def sampled_ids(message: BaseMessage) -> list[int]:
     if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
         return []
     return ids
+
+
+def _said(message: AIMessage) -> tuple[Any, ...]:
+    """What a message says, without the ids of its calls."""
+    calls = [(call["name"], call["args"]) for call in message.tool_calls]
+    return message.content, calls, [call["args"] for call in message.invalid_tool_calls]
 
 
 def nine_letters(call_id: str) -> str:
