@@ -125,6 +125,8 @@ class TokenizerCodec:
         ids: list[int] = []
         done = 0
         for start, end, sampled in self._sampled_parts(text, messages, turns, schemas):
+            if start < done:
+                continue
             ids += [*self._encode(text[done:start]), *sampled]
             done = end
         return (*ids, *self._encode(text[done:]))
@@ -244,25 +246,42 @@ class TokenizerCodec:
 
         A completion's end token counts only where the template writes the same.
         """
-        for position, message in enumerate(messages):
-            ids = sampled_ids(message)
-            if not ids or not position:
-                continue
+        sampled = {at: ids for at, message in enumerate(messages) if (ids := sampled_ids(message))}
+        begins = self._turn_begins(text, turns, tools, list(sampled)) if sampled else {}
+        for position, begin in begins.items():
+            ids = sampled[position]
             bare = ids[:-1] if ids[-1] in self._silent_ids else ids
-            written = str(self._tokenizer.decode(bare, skip_special_tokens=False))
-            if written not in text:
-                continue
+            for candidate in (ids, bare):
+                written = str(self._tokenizer.decode(candidate, skip_special_tokens=False))
+                if text.startswith(written, begin):
+                    yield begin, begin + len(written), candidate
+                    break
+
+    def _turn_begins(
+        self, text: str, turns: Sequence[dict[str, Any]], tools: Any, wanted: Sequence[int]
+    ) -> dict[int, int]:
+        """Where the text goes on from the prompts of the wanted turns, as far as that is certain.
+
+        A generation prompt with a special token in it can only be the template's own: if there is
+        one for each turn of the assistant and one at the end, those are the places. Else the
+        wanted turns' prompts are rendered.
+        """
+        opening = self._habits.generation_prompt
+        if self._special_pattern.search(opening):
+            ends = [found.end() for found in re.finditer(re.escape(opening), text)]
+            spoken = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
+            if len(ends) == len(spoken) + 1:
+                begins = dict(zip(spoken, ends[:-1], strict=True))
+                return {at: begins[at] for at in wanted if at in begins}
+        begins = {}
+        for at in filter(None, wanted):
             try:
-                begin = len(prompt := self._apply(turns[:position], tools))
+                prompt = self._apply(turns[:at], tools)
             except Exception:  # noqa: BLE001 - the beginning is no conversation of its own
                 continue
-            if not text.startswith(prompt + written):
-                continue
-            whole = str(self._tokenizer.decode(ids, skip_special_tokens=False))
-            if text.startswith(whole, begin):
-                yield begin, begin + len(whole), ids
-            else:
-                yield begin, begin + len(written), bare
+            if text.startswith(prompt):
+                begins[at] = len(prompt)
+        return begins
 
     def _turn(
         self, message: BaseMessage, tools: Sequence[dict[str, Any]], *, as_written: bool
