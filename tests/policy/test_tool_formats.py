@@ -648,3 +648,23 @@ def test_an_episode_stores_what_was_sampled_and_its_prompts_grow(name):
         assert third.prompt_ids[: len(seen)] == seen
     ids = [call["id"] for message in given for call in message.tool_calls]
     assert len(set(ids)) == 4
+
+
+def test_a_structured_answer_is_read_after_the_reasoning():
+    codec, given = make_codec("qwen3"), []
+    schema = {"type": "json_schema", "json_schema": {"name": "sum", "schema": {"type": "object"}}}
+    model = FakeListChatModel(responses=["own"]).bind(response_format=schema)
+
+    def agent(state):
+        given.append(model.invoke(state["messages"]))
+        return {"messages": given[-1:]}
+
+    builder = StateGraph(Chat)
+    builder.add_node("agent", agent)
+    builder.add_edge(START, "agent")
+    text = '<think>\n{"sum": 0}?\n</think>\n\n{"sum": 3}<|im_end|>'
+    engine = ScriptedEngine(codec, [sample(codec, text)])
+    (episode,) = run_episodes(builder.compile(), [{"messages": QUESTION}], engine=engine)
+    assert episode.status == "ok", episode.error
+    assert given[0].additional_kwargs["parsed"] == {"sum": 3}
+    assert given[0].additional_kwargs["reasoning_content"] == '{"sum": 0}?'
