@@ -54,7 +54,7 @@ def sampled_episodes(policy: Policy, count: int, temperature: float = 1.0) -> li
 
 
 def learner(model: Path, **settings: object) -> tuple[Policy, Learner]:
-    config = TrainConfig(base_model=str(model), learning_rate=1e-2, **settings)
+    config = TrainConfig(**{"base_model": str(model), "learning_rate": 1e-2, **settings})
     team = Team.load(agents_of(AGENTS, config), config)
     return team.policies[0], Learner(team, config)
 
