@@ -190,7 +190,7 @@ class TrainConfig:
     epochs: int = setting(1, "passes over an iteration's calls", at_least=1)
     minibatches: int = setting(1, "optimizer steps in a pass", at_least=1)
     microbatch_tokens: int = setting(
-        8192,
+        4096,
         "padded tokens in one forward pass of the update; bounds its memory",
         unit="tokens",
         at_least=1,
