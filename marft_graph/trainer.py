@@ -35,7 +35,7 @@ from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.learn.update import Learner
 from marft_graph.names import adapter_name
 from marft_graph.policy.adapters import Policy
-from marft_graph.rollout.rewards import RewardFunction
+from marft_graph.rollout.rewards import Rewards, as_reward_function, mean_parts
 from marft_graph.rollout.runner import check_examples, run_episodes
 from marft_graph.run.checkpoint import latest_checkpoint, prune, write_folder_atomically
 from marft_graph.run.folder import claim_run_folder, describe_run
@@ -73,7 +73,8 @@ class Trainer:
         train_dataset: examples as mappings: a `datasets.Dataset`, a list of dicts, any sequence or
             finite iterable. Keys that are input channels of the graph become its input.
         reward: `reward(example, final_state)`, sync or async: the team's outcome (a float), nodes'
-            own rewards (a dict by node), or both (`Reward`).
+            own rewards (a dict by node), or both (`Reward`). Several are added up, see
+            `marft_graph.rewards.combine`: a list of functions, or a dict of functions to weights.
         config: settings; a mapping of them will do.
         eval_dataset: held-out examples for evaluation.
         run_dir: where the run is written; default: the next free `runs/run-N`.
@@ -92,7 +93,7 @@ class Trainer:
         graph: Any,
         *,
         train_dataset: Any,
-        reward: RewardFunction,
+        reward: Rewards,
         config: TrainConfig | Mapping[str, Any],
         eval_dataset: Any = None,
         run_dir: str | Path | None = None,
@@ -106,7 +107,7 @@ class Trainer:
         )
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
         found = compile_graph(self.graph)
-        self._reward = reward
+        self._reward = as_reward_function(reward)
         self._inputs = inputs
         self._train = as_examples(train_dataset, "train_dataset")
         self._eval = None if eval_dataset is None else as_examples(eval_dataset, "eval_dataset")
@@ -250,6 +251,7 @@ class Trainer:
             "failed_by_reason": failure_reasons(episodes),
             "return_mean": statistics.fmean(returns) if returns else None,
             "return_std": statistics.pstdev(returns) if returns else None,
+            **mean_parts(episodes),
             "seconds_rollout": rolled_out - started,
             "seconds_update": updated - rolled_out,
             "tokens_sampled": sum(len(c.completion_ids) for e in episodes for c in e.calls),
@@ -276,6 +278,7 @@ class Trainer:
             concurrency=self.config.concurrency,
             episode_timeout=self.config.episode_timeout,
             reward_timeout=self.config.reward_timeout,
+            reward_concurrency=self.config.reward_concurrency,
             temperature=self.config.temperature,
             max_new_tokens=self.config.max_new_tokens,
             greedy=greedy,
