@@ -51,7 +51,7 @@ def length_penalty(
 
         0 if n <= L - B,    (L - B - n) / B if L - B < n <= L,    -1 if n > L
 
-    which is the soft overlong punishment of DAPO (arXiv 2503.14476, equation 13), here in words or
+    which is the soft overlong punishment of DAPO (arXiv 2503.14476, section 3.4), here in words or
     characters instead of tokens.
 
     Args:

@@ -103,6 +103,7 @@ class Responder(Protocol):
 
     def credit(self, namespace: str, amount: float) -> None:
         """Take a reward that a task emits while it runs; by default nobody wants it."""
+        return
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from marft_graph.errors import ConfigError, RewardError
 
-_MOST_WORKERS = 4
+_MOST_WORKERS = 8
 _START_SECONDS = 120.0
 _MOST_BYTES = 4 * 2**30
 _DELIMITERS = ("$", "\\(", "\\[", "\\boxed", "\\begin")
@@ -32,7 +32,7 @@ _FORMULA = re.compile(
 )
 
 
-def math_equal(answer: str | float, expected: str | float, *, timeout: float = 5.0) -> bool:
+def math_equal(answer: str | float, expected: str | float, *, timeout: float = 2.0) -> bool:
     r"""Whether an answer is mathematically the expected one.
 
     Both may be LaTeX (`\frac{1}{2}`), plain (`1/2`, `0.5`), or a text with an answer in it (`so it
@@ -69,7 +69,7 @@ def math_equal(answer: str | float, expected: str | float, *, timeout: float = 5
 
 
 class _Worker:
-    """A process that compares answers, one line of JSON in and one out."""
+    """A process that compares answers: one line of JSON in and one out."""
 
     def __init__(self) -> None:
         paths = os.pathsep.join(path for path in sys.path if path)
@@ -216,9 +216,9 @@ def _serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, _MOST_BYTES))
     answers = sys.stdout
     sys.stdout = sys.stderr  # the pipe is for verdicts only
-    print("ready", file=answers, flush=True)  # noqa: T201
+    print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        print(_compare(**json.loads(line)), file=answers, flush=True)  # noqa: T201
+        print(_compare(**json.loads(line)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

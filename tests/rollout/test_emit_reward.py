@@ -262,9 +262,11 @@ def test_a_branch_gets_nothing_of_what_its_neighbour_s_environment_emits(engine)
     builder = StateGraph(TypedDict("Two", {"q": str, "a": str, "b": str}))
     builder.add_node("left", lambda state: {"a": model.invoke(state["q"]).text})
     builder.add_node("right", lambda state: {"b": model.invoke(state["q"]).text})
-    given = TypedDict("Given", {"a": str})
 
-    def environment(state: given):
+    class Given(TypedDict):
+        a: str
+
+    def environment(state: Given):
         emit_reward(1.0)
 
     builder.add_node("environment", environment)
