@@ -16,9 +16,10 @@ model = ChatOpenAI(model="gpt-4o-mini", api_key="not-set")
 
 
 class State(TypedDict):
+    """What the nodes share."""
+
     question: str
     plan: str
-    value: float
     answer: str
 
 
@@ -29,15 +30,9 @@ def planner(state: State) -> dict[str, Any]:
 def calculator(state: State) -> dict[str, Any]:
     """Calls no model: what it emits goes to the planner, whose plan it read."""
     left, _, right = state["plan"].partition("+")
-    if not (left.isdigit() and right.isdigit()):
-        emit_reward(-0.5)
-        return {"value": 0.0}
-    emit_reward(0.2)
-    return {"value": int(left) + int(right)}
-
-
-def writer(state: State) -> dict[str, Any]:
-    return {"answer": model.invoke(f"{state['value']:g}").text}
+    is_sum = left.isdigit() and right.isdigit()
+    emit_reward(0.2 if is_sum else -0.5)
+    return {"plan": str(int(left) + int(right)) if is_sum else "nothing"}
 
 
 def correct(example: dict[str, Any], state: State) -> float:
@@ -53,11 +48,12 @@ def brevity(example: dict[str, Any], state: State) -> float:
 
 
 if __name__ == "__main__":
+    writer = ("writer", lambda state: {"answer": model.invoke(state["plan"]).text})
     builder = StateGraph(State).add_sequence([planner, calculator, writer])
     graph = builder.add_edge(START, "planner").compile()
     examples = [{"question": "7 figs and 5 more?", "answer": "12"}]
     engine = FakeEngine({"planner": ["7+5", "seven"], "writer": ["It is 12.", "No, not 12 at all"]})
-    reward = combine(correct, (form, 0.5), (brevity, 0.1))
+    reward = combine(correct, (form, 0.5), (brevity, 0.1))  # or [correct, (form, 0.5), ...]
     for episode in run_episodes(graph, examples, engine=engine, reward=reward, group_size=2):
         print(f"outcome {episode.outcome_reward:g} from {dict(episode.reward_parts)}")
         print({call.node: call.reward for call in episode.calls}, episode.total_reward)

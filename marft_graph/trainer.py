@@ -47,7 +47,15 @@ logger = logging.getLogger(__name__)
 
 # Settings that may differ when a run is continued: they change no iteration's mathematics.
 _FREE_ON_RESUME = frozenset(
-    {"iterations", "eval_every", "eval_examples", "checkpoint_every", "keep_checkpoints", "device"}
+    {
+        "iterations",
+        "eval_every",
+        "eval_examples",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "device",
+        "reward_concurrency",
+    }
 )
 
 
