@@ -182,8 +182,8 @@ def test_waiting_for_a_place_is_not_counted_as_taking_long(engine):
         time.sleep(0.1)
         return 1.0
 
-    episodes = play(engine, slow, 8, reward_concurrency=1, reward_timeout=0.5)
-    assert sum(episode.outcome_reward for episode in episodes) == 8
+    episodes = play(engine, slow, 16, reward_concurrency=1, reward_timeout=1.2)
+    assert sum(episode.outcome_reward for episode in episodes) == 16
 
 
 async def test_a_reward_that_hangs_keeps_its_place_until_its_thread_is_free():
