@@ -18,9 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-IMAGES = ROOT / "docs" / "images"
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from marft_graph import compile_graph
 from marft_graph.graph.page import to_html
@@ -28,6 +26,7 @@ from marft_graph.graph.picture import to_svg
 from tests.graph.real_apps import sixty, trading_team
 from workflows.math_duo.graph import graph as math_duo
 
+IMAGES = Path(__file__).parent / "images"
 PAGES = (  # name, app, the node that is clicked, colour scheme
     ("inspect_duo", math_duo, "actor", "light"),
     ("inspect_trading_team", trading_team(), "Trader", "dark"),

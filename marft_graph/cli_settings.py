@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
+import yaml
 
 from marft_graph.config import TrainConfig, read_yaml
 
@@ -66,11 +67,21 @@ def merged_settings(
         ConfigError: the file cannot be read as settings.
     """
     merged: dict[str, Any] = {}
-    for layer in layers:
-        merged.update(layer)
-    if config_file is not None:
-        merged.update(read_yaml(config_file))
-    merged.update(given_settings(options))
+    file = {} if config_file is None else read_yaml(config_file)
+    for layer in (*layers, file, given_settings(options)):
+        for name, value in layer.items():
+            if name == "per_node" and isinstance(value, Mapping):
+                value = _merged_nodes(merged.get(name) or {}, value)
+            merged[name] = value
+    return merged
+
+
+def _merged_nodes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """`per_node` of two layers, setting by setting."""
+    merged = dict(old)
+    for node, own in new.items():
+        both = isinstance(own, Mapping) and isinstance(merged.get(node), Mapping)
+        merged[node] = {**merged[node], **own} if both else own
     return merged
 
 
@@ -82,14 +93,41 @@ def _option(spec: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Comm
         return click.option(f"{flag}/--no-{flag[2:]}", spec.name, default=None, help=text)
     if origin is tuple:
         return click.option(flag, spec.name, multiple=True, metavar="NAME", help=text)
+    if origin is Mapping:
+        return click.option(
+            flag,
+            spec.name,
+            multiple=True,
+            metavar="NODE.SETTING=VALUE",
+            callback=_node_values,
+            help=text,
+        )
     if origin is Literal:
         choice = click.Choice(typing.get_args(hint))
         return click.option(flag, spec.name, type=choice, default=None, help=text)
+    if hint == str | None:
+        return click.option(flag, spec.name, default=None, metavar="TEXT", help=text)
     if origin is types.UnionType:
         return click.option(
             flag, spec.name, type=_number_or_none, default=None, metavar="FLOAT|none", help=text
         )
     return click.option(flag, spec.name, type=hint, default=None, help=text)
+
+
+def _node_values(
+    context: click.Context, param: click.Parameter, given: tuple[str, ...]
+) -> dict[str, dict[str, Any]] | None:
+    """`NODE.SETTING=VALUE` options as the mapping that `per_node` is; None where none was given."""
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        place, equals, value = text.partition("=")
+        node, _, name = place.rpartition(".")
+        if not equals or not node:
+            raise click.BadParameter(
+                f"{text!r} is not NODE.SETTING=VALUE, as in planner.lora_rank=8"
+            )
+        found.setdefault(node, {})[name] = yaml.safe_load(value)
+    return found or None
 
 
 def _number_or_none(text: str) -> object:
@@ -113,9 +151,9 @@ def _facts(spec: dataclasses.Field[Any], hint: Any) -> Iterator[str]:
         yield f"{low} to {high}"
     elif low is not None:
         yield f"at least {low}"
-    if typing.get_origin(hint) is tuple:
+    if typing.get_origin(hint) in (tuple, Mapping):
         yield "repeatable"
-    yield f"default {_shown(spec.default)}"
+    yield f"default {_shown(() if spec.default is dataclasses.MISSING else spec.default)}"
 
 
 def _shown(value: Any) -> str:

@@ -30,7 +30,10 @@ def setting(
     at_most: float | None = None,
     above: float | None = None,
 ) -> Any:
-    """A dataclass field with its description, unit and range (bounds inclusive but `above`)."""
+    """A dataclass field with its description, unit and range (bounds inclusive but `above`).
+
+    `dict` as the default stands for an empty one.
+    """
     metadata = {
         "help": help,
         "unit": unit,
@@ -38,7 +41,37 @@ def setting(
         "at_most": at_most,
         "above": above,
     }
+    if default is dict:
+        return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSettings:
+    """Settings of one node that differ from the run's; None: as the run says.
+
+    Raises:
+        ConfigError: as for `TrainConfig`.
+    """
+
+    adapter: str | None = setting(
+        None, "name of its adapter; nodes that give the same name, or another node's, share one"
+    )
+    base_model: str | None = setting(None, "base model under its adapter")
+    lora_rank: int | None = setting(None, "rank of its adapter", at_least=1)
+    lora_alpha: float | None = setting(None, "LoRA scale of its adapter", above=0)
+    lora_targets: tuple[str, ...] | None = setting(None, "modules that its adapter changes")
+    learning_rate: float | None = setting(None, "AdamW step of its adapter", above=0)
+    start_from: str | None = setting(
+        None, "folder of an adapter in PEFT format to continue; it keeps its rank and targets"
+    )
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings that are given, as plain values."""
+        return _plain({k: v for k, v in dataclasses.asdict(self).items() if v is not None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +98,12 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
         "float32", "precision of the frozen base; adapters are always float32"
     )
+    quantization: Literal["none", "4bit"] = setting(
+        "none", "precision in which the frozen base is kept; 4bit needs the extra `quantize`"
+    )
+    gradient_checkpointing: bool = setting(
+        False, "compute activations twice in the update, to keep fewer of them in memory"
+    )
     trust_remote_code: bool = setting(
         False, "run Python code that comes with the base model from the hub"
     )
@@ -75,6 +114,13 @@ class TrainConfig:
     lora_alpha: float = setting(32.0, "LoRA scale: updates are multiplied by alpha / rank", above=0)
     lora_targets: tuple[str, ...] = setting(
         ("all-linear",), "names of the modules that get LoRA; all-linear: every linear layer"
+    )
+
+    start_from: str | None = setting(
+        None, "export folder of an earlier run, whose adapters are continued"
+    )
+    per_node: Mapping[str, NodeSettings] = setting(
+        dict, "settings of single nodes: adapter, base_model, lora_*, learning_rate"
     )
 
     # Rollout
@@ -96,6 +142,13 @@ class TrainConfig:
     reward_concurrency: int = setting(64, "reward calls that run at once", at_least=1)
     max_failed_share: float = setting(
         0.5, "stop if a larger share of an iteration's episodes fails", at_least=0, at_most=1
+    )
+
+    filter_rounds: int = setting(
+        0,
+        "dynamic filtering: examples whose episodes all have one return are left out, and up to "
+        "so many further rollouts fill their places; 0: no filtering",
+        at_least=0,
     )
 
     # Learning
@@ -161,7 +214,49 @@ class TrainConfig:
         "skip an agent's further epochs once its KL to the sampling policy passes this",
         above=0,
     )
+    importance_cap: float | None = setting(
+        None,
+        "weigh tokens by the learner's over the engine's probability, at most this; for engines "
+        "whose log-probs differ from the learner's",
+        above=0,
+    )
+    update_order: Literal["simultaneous", "alternating", "sequential"] = setting(
+        "simultaneous",
+        "all agents in an iteration; one at a time; or all, one after another with HAPPO's factor",
+    )
+    alternate_every: int = setting(
+        1, "alternating: iterations of one agent's turn", unit="iterations", at_least=1
+    )
+    alternate_order: tuple[str, ...] = setting(
+        (), "alternating: agents in the order of their turns; none: as `inspect` lists them"
+    )
     max_grad_norm: float = setting(1.0, "gradient clipping, per agent", above=0)
+
+    # Health
+    entropy_floor: float | None = setting(
+        None, "an agent's entropy below this is a collapse", unit="nats per token", at_least=0
+    )
+    kl_ceiling: float | None = setting(
+        None, "an agent's KL to the base above this is a collapse", unit="nats per token", above=0
+    )
+    return_floor: float | None = setting(
+        None,
+        "a mean return of five iterations below this share of its best is a collapse",
+        at_least=0,
+        at_most=1,
+    )
+    max_recoveries: int = setting(
+        3, "collapses after which the last good checkpoint is put back; then it stops", at_least=0
+    )
+    recovery_rate: float = setting(
+        0.5, "what a collapse multiplies learning rates with", above=0, at_most=1
+    )
+    early_stop: int = setting(
+        0, "evaluations without a better held-out return that end training; 0: never", at_least=0
+    )
+    load_best: bool = setting(
+        False, "end with the checkpoint of the best held-out return instead of the last one"
+    )
 
     # Run
     seed: int = setting(0, "seed of data order, sampling and initial adapters", at_least=0)
@@ -175,11 +270,7 @@ class TrainConfig:
     keep_checkpoints: int = setting(3, "newest checkpoints that stay on disk", at_least=1)
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for spec in dataclasses.fields(self):
-            value = _coerced(spec.name, getattr(self, spec.name), hints[spec.name])
-            object.__setattr__(self, spec.name, value)
-            _check_range(spec, value)
+        _check_fields(self)
 
     @property
     def episodes_per_iteration(self) -> int:
@@ -189,14 +280,7 @@ class TrainConfig:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Settings from a mapping such as a parsed YAML file; unknown names are refused."""
-        known = [spec.name for spec in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise ConfigError(
-                    f"unknown setting {name!r}{hint} (see `marft-graph train --help`)"
-                )
+        _check_names(cls, values)
         return cls(**values)
 
     @classmethod
@@ -210,8 +294,9 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML or JSON (tuples become lists)."""
-        plain = dataclasses.asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+        values = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
+        values["per_node"] = {node: own.to_dict() for node, own in self.per_node.items()}
+        return _plain(values)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -233,9 +318,58 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def _check_names(cls: type[Any], values: Mapping[str, Any], where: str = "") -> None:
+    """Refuse names that are no fields of a class of settings."""
+    known = [spec.name for spec in dataclasses.fields(cls)]
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(
+                f"unknown setting {name!r}{where}{hint} (see `marft-graph train --help`)"
+            )
+
+
+def _check_fields(settings: Any) -> None:
+    """Give every field the type it declares, and check its range."""
+    hints = typing.get_type_hints(type(settings))
+    for spec in dataclasses.fields(settings):
+        value = _coerced(spec.name, getattr(settings, spec.name), hints[spec.name])
+        object.__setattr__(settings, spec.name, value)
+        _check_range(spec, value)
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _node_settings(values: Any) -> Mapping[str, NodeSettings]:
+    """`per_node` as users write it: a mapping of nodes to mappings of settings."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"per_node is {values!r}; it must be a mapping such as {{planner: {{lora_rank: 8}}}}"
+        )
+    found = {}
+    for node, own in values.items():
+        if not isinstance(own, NodeSettings):
+            if not isinstance(own, Mapping):
+                raise ConfigError(
+                    f"per_node: {node} is {own!r}; it must be a mapping such as {{lora_rank: 8}}"
+                )
+            _check_names(NodeSettings, own, f" of node {node!r}")
+            try:
+                own = NodeSettings(**own)
+            except ConfigError as error:
+                raise ConfigError(f"per_node: {node}: {error}") from None
+        found[str(node)] = own
+    return found
+
+
 def _coerced(name: str, value: Any, hint: Any) -> Any:
     """The value in the type its field declares, or a ConfigError that says what is accepted."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Mapping:
+        return _node_settings(value)
     if origin is Literal:
         if value in args and isinstance(value, str):
             return value
@@ -272,7 +406,7 @@ def _reject(name: str, value: Any, accepted: str) -> typing.NoReturn:
 
 
 def _check_range(spec: dataclasses.Field[Any], value: Any) -> None:
-    if value is None or isinstance(value, str | bool | tuple):
+    if value is None or isinstance(value, str | bool | tuple | Mapping):
         return
     shown = int(value) if float(value).is_integer() else value
     low, high, above = (spec.metadata.get(key) for key in ("at_least", "at_most", "above"))

@@ -1,20 +1,59 @@
-"""Examples: what users give as a data set, as a sequence of mappings, and their order."""
+"""Examples: what users give as a data set, and the order in which training takes them."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from marft_graph.errors import DatasetError
 
+Example = Mapping[str, Any]
 
-def as_examples(dataset: Any, name: str) -> Sequence[Mapping[str, Any]]:
+
+class TrainingData(Protocol):
+    """An endless supply of training examples, with a position that a resumed run goes back to."""
+
+    position: int
+    """Examples taken so far."""
+
+    def take(self, count: int) -> list[Example]:
+        """The next `count` examples."""
+        ...
+
+    def peek(self, count: int) -> list[Example]:
+        """Some examples to look at, at most `count`; the position stays."""
+        ...
+
+    def seek(self, position: int) -> None:
+        """Go on after the first `position` examples."""
+        ...
+
+
+def training_data(dataset: Any, seed: int) -> TrainingData:
+    """A user's training set: sequences are shuffled, streams are taken in their own order.
+
+    Args:
+        dataset: a `datasets.Dataset`, a list of dicts or another sequence; or a stream: a
+            `datasets.IterableDataset`, a generator, any other iterable.
+        seed: of the shuffled order.
+
+    Raises:
+        DatasetError: it is empty, no iterable, or its items are no mappings.
+    """
+    if _is_sequence(dataset):
+        return ShuffledExamples(as_examples(dataset, "train_dataset"), seed)
+    _refuse_non_iterable(dataset, "train_dataset")
+    return StreamedExamples(dataset)
+
+
+def as_examples(dataset: Any, name: str, limit: int | None = None) -> Sequence[Example]:
     """A data set as a sequence of mappings.
 
-    `datasets.Dataset` and other sequences are used in place; other iterables are read to their end.
+    `datasets.Dataset` and other sequences are used in place; other iterables are read to their end,
+    or to `limit` examples.
 
     Raises:
         DatasetError: it is empty, no iterable, or its items are no mappings.
@@ -25,44 +64,120 @@ def as_examples(dataset: Any, name: str) -> Sequence[Mapping[str, Any]]:
             "a sequence of examples"
         )
     examples: Any = dataset
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        if not isinstance(dataset, Iterable):
-            raise DatasetError(
-                f"{name} is a {type(dataset).__name__}; give a datasets.Dataset, a list of dicts "
-                "or another finite iterable of them"
-            )
-        examples = list(dataset)
+    if not _is_sequence(dataset):
+        _refuse_non_iterable(dataset, name)
+        examples = list(itertools.islice(dataset, limit))
     if len(examples) == 0:
         raise DatasetError(f"{name} is empty; at least one example is needed")
-    if not isinstance(examples[0], Mapping):
-        raise DatasetError(
-            f"{name} holds {type(examples[0]).__name__} items; each example must be a mapping such "
-            "as {'question': ..., 'answer': ...}"
-        )
+    _refuse_non_mapping(examples[0], name)
     return examples  # type: ignore[no-any-return]
 
 
-class ExampleOrder:
-    """Which examples an iteration trains on: shuffled passes, a function of the seed alone.
+class ShuffledExamples:
+    """Shuffled passes over a sequence; the order is a function of the seed alone.
 
-    Nothing is remembered between iterations, so a resumed run sees the same order.
-
-    >>> order = ExampleOrder(3, seed=0)
-    >>> sorted(order.take(1, 3)), len(order.take(2, 4))
-    ([0, 1, 2], 4)
+    >>> data = ShuffledExamples([{"n": 0}, {"n": 1}, {"n": 2}], seed=0)
+    >>> sorted(example["n"] for example in data.take(3)), len(data.take(4)), data.position
+    ([0, 1, 2], 4, 7)
     """
 
-    def __init__(self, size: int, seed: int) -> None:
-        self._size = size
+    def __init__(self, examples: Sequence[Example], seed: int) -> None:
+        self._examples = examples
         self._seed = seed
+        self.position = 0
 
-    def take(self, iteration: int, count: int) -> list[int]:
-        """Indices of the `count` examples of an iteration (counted from 1)."""
-        first = (iteration - 1) * count
-        passes = range(first // self._size, (first + count - 1) // self._size + 1)
+    def take(self, count: int) -> list[Example]:
+        """The next `count` examples."""
+        first, size = self.position, len(self._examples)
+        self.position += count
+        passes = range(first // size, (first + count - 1) // size + 1)
         stream = itertools.chain.from_iterable(
-            np.random.default_rng([self._seed, number]).permutation(self._size).tolist()
+            np.random.default_rng([self._seed, number]).permutation(size).tolist()
             for number in passes
         )
-        skip = first - passes[0] * self._size
-        return list(itertools.islice(stream, skip, skip + count))
+        skip = first - passes[0] * size
+        return [self._examples[i] for i in itertools.islice(stream, skip, skip + count)]
+
+    def peek(self, count: int) -> list[Example]:
+        """The first examples of the sequence."""
+        return [self._examples[i] for i in range(min(count, len(self._examples)))]
+
+    def seek(self, position: int) -> None:
+        """Go on after the first `position` examples."""
+        self.position = position
+
+
+class StreamedExamples:
+    """A stream in its own order, begun again when it ends.
+
+    An iterator that can be read only once is remembered as it is read, so that it can be repeated.
+
+    >>> data = StreamedExamples({"n": n} for n in range(3))
+    >>> [example["n"] for example in data.take(4)]
+    [0, 1, 2, 0]
+    """
+
+    def __init__(self, source: Iterable[Example]) -> None:
+        self._memory: list[Example] | None = [] if iter(source) is source else None
+        self._source = source
+        self._iterator = iter(source)
+        self._ahead: list[Example] = []
+        self.position = 0
+
+    def take(self, count: int) -> list[Example]:
+        """The next `count` examples."""
+        self._read_ahead(count)
+        taken, self._ahead = self._ahead[:count], self._ahead[count:]
+        self.position += count
+        return taken
+
+    def peek(self, count: int) -> list[Example]:
+        """The next examples; a short stream is not repeated for them."""
+        self._read_ahead(count, is_repeated=False)
+        return self._ahead[:count]
+
+    def seek(self, position: int) -> None:
+        """Read and drop what was taken before."""
+        while self.position < position:
+            self.take(min(1024, position - self.position))
+
+    def _read_ahead(self, count: int, *, is_repeated: bool = True) -> None:
+        while len(self._ahead) < count:
+            found = list(itertools.islice(self._iterator, count - len(self._ahead)))
+            if found:
+                _refuse_non_mapping(found[0], "train_dataset")
+                if self._memory is not None:
+                    self._memory += found
+                self._ahead += found
+                continue
+            if not is_repeated and self._ahead:
+                return
+            self._iterator = self._again()
+
+    def _again(self) -> Iterator[Example]:
+        if self._memory is not None:
+            self._source, self._memory = self._memory, None
+        first = next(iter(self._source), None)
+        if first is None:
+            raise DatasetError("train_dataset is empty; at least one example is needed")
+        return iter(self._source)
+
+
+def _is_sequence(dataset: Any) -> bool:
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+
+
+def _refuse_non_iterable(dataset: Any, name: str) -> None:
+    if not isinstance(dataset, Iterable):
+        raise DatasetError(
+            f"{name} is a {type(dataset).__name__}; give a datasets.Dataset, a list of dicts or "
+            "another iterable of them"
+        )
+
+
+def _refuse_non_mapping(example: Any, name: str) -> None:
+    if not isinstance(example, Mapping):
+        raise DatasetError(
+            f"{name} holds {type(example).__name__} items; each example must be a mapping such as "
+            "{'question': ..., 'answer': ...}"
+        )

@@ -9,6 +9,7 @@
     ├── PromptTooLongError    a prompt leaves no room in the model's context        (ValueError)
     ├── RewardError           the reward function raised or returned no number      (RuntimeError)
     ├── EpisodesFailedError   too many episodes failed to train on the rest         (RuntimeError)
+    ├── TrainingCollapsedError  learning diverged and did not recover               (RuntimeError)
     ├── EpisodeTimeoutError   an episode or a call ran past its deadline            (TimeoutError)
     ├── EngineError           an engine stopped or cannot answer                    (RuntimeError)
     ├── CheckpointError       a checkpoint or run folder cannot be used             (RuntimeError)
@@ -53,6 +54,10 @@ class RewardError(MarftError, RuntimeError):
 
 class EpisodesFailedError(MarftError, RuntimeError):
     """A larger share of the episodes failed than the settings allow."""
+
+
+class TrainingCollapsedError(MarftError, RuntimeError):
+    """Learning diverged, and going back to a good checkpoint did not help."""
 
 
 class EpisodeTimeoutError(MarftError, TimeoutError):

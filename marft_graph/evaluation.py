@@ -16,13 +16,12 @@ from typing import Any
 from marft_graph.config import TrainConfig
 from marft_graph.data import as_examples
 from marft_graph.deploy.export import read_manifest
-from marft_graph.engine.local import LocalEngine
+from marft_graph.engine.routing import local_engine
 from marft_graph.episode import Episode
 from marft_graph.errors import EpisodesFailedError, ExportError, UnknownNodeError
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
-from marft_graph.names import adapter_name
-from marft_graph.policy.adapters import Policy
+from marft_graph.policy.team import Team
 from marft_graph.rollout.rewards import Rewards
 from marft_graph.rollout.runner import run_episodes
 
@@ -96,15 +95,11 @@ def evaluate_export(
         nodes = resolve_nodes(compile_graph(app), tuple(manifest.nodes), found_before=True)
     except UnknownNodeError as error:
         raise ExportError(f"{export_dir} was exported from another graph: {error}") from error
-    examples = as_examples(dataset, "dataset")
+    examples = as_examples(dataset, "dataset", config.eval_examples or None)
     count = min(config.eval_examples or len(examples), len(examples))
-    policy = Policy.from_folders(
-        base_model or manifest.base_model,
-        {adapter_name(node): Path(export_dir) / path for node, path in manifest.nodes.items()},
-        device=config.device,
-        dtype=manifest.dtype,
-    )
-    engine = LocalEngine(policy, max_batch_size=config.max_batch_size)
+    folders = manifest.folders(Path(export_dir), base_model)
+    team = Team.from_folders(folders, device=config.device, dtype=manifest.dtype)
+    engine = local_engine(team, max_batch_size=config.max_batch_size)
     try:
         episodes = run_episodes(
             app,
@@ -112,6 +107,7 @@ def evaluate_export(
             engine=engine,
             reward=reward,
             nodes=nodes,
+            adapters=manifest.nodes,
             inputs=inputs,
             seed=EVAL_SEED,
             group_size=1,

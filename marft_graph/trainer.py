@@ -7,6 +7,7 @@ because it also writes the run folder, and rooms import only from those above th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import shutil
@@ -15,7 +16,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -23,24 +24,32 @@ from typing import Any, Self
 from langgraph.pregel import Pregel
 from safetensors.torch import load_file, save_file
 
+from marft_graph.agents import adapters_of, agents_of
 from marft_graph.config import TrainConfig, read_yaml
-from marft_graph.data import ExampleOrder, as_examples
+from marft_graph.data import as_examples, training_data
 from marft_graph.deploy.export import export_run, write_export
-from marft_graph.engine.local import LocalEngine
+from marft_graph.engine.routing import local_engine
 from marft_graph.episode import Episode
-from marft_graph.errors import CheckpointError, ConfigError, DatasetError, EpisodesFailedError
+from marft_graph.errors import (
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    EpisodesFailedError,
+    TrainingCollapsedError,
+)
 from marft_graph.evaluation import EVAL_SEED, Evaluation, failure_reasons, summarize
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import FlexMG
+from marft_graph.learn.groups import share_of_equal_groups, without_equal_groups
 from marft_graph.learn.update import Learner
-from marft_graph.names import adapter_name
-from marft_graph.policy.adapters import Policy
+from marft_graph.policy.team import Team
 from marft_graph.rollout.rewards import Rewards, as_reward_function, mean_parts
 from marft_graph.rollout.runner import check_examples, run_episodes
 from marft_graph.run.checkpoint import latest_checkpoint, prune, write_folder_atomically
 from marft_graph.run.folder import claim_run_folder, describe_run
+from marft_graph.run.health import Health
 from marft_graph.run.report import write_report
-from marft_graph.run.tracking import MetricsLog, TrainingProgress
+from marft_graph.run.tracking import MetricsLog, TrainingProgress, read_metrics
 from marft_graph.run.trajectories import write_traces
 
 logger = logging.getLogger(__name__)
@@ -55,8 +64,15 @@ _FREE_ON_RESUME = frozenset(
         "keep_checkpoints",
         "device",
         "reward_concurrency",
+        "max_recoveries",
+        "early_stop",
+        "load_best",
     }
 )
+
+
+_SHOWN_EXAMPLES = 8
+"""Of the training data, to check their keys and for a dry run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +89,18 @@ class TrainResult:
     after_greedy: Evaluation | None
 
 
+_Evaluations = tuple[Evaluation | None, Evaluation | None]
+
+
 class Trainer:
     """Trains one LoRA adapter per node of an unchanged LangGraph app.
 
     Args:
         graph: a compiled LangGraph app, or a builder (compiled for you).
-        train_dataset: examples as mappings: a `datasets.Dataset`, a list of dicts, any sequence or
-            finite iterable. Keys that are input channels of the graph become its input.
+        train_dataset: examples as mappings: a `datasets.Dataset`, a list of dicts or another
+            sequence, taken in shuffled passes; or a stream (`datasets.IterableDataset`, a
+            generator, any iterable), taken in its own order and begun again at its end.
+            Keys that are input channels of the graph become its input.
         reward: `reward(example, final_state)`, sync or async: the team's outcome (a float), nodes'
             own rewards (a dict by node), or both (`Reward`). Several are added up, see
             `marft_graph.rewards.combine`: a list of functions, or a dict of functions to weights.
@@ -117,33 +138,35 @@ class Trainer:
         found = compile_graph(self.graph)
         self._reward = as_reward_function(reward)
         self._inputs = inputs
-        self._train = as_examples(train_dataset, "train_dataset")
-        self._eval = None if eval_dataset is None else as_examples(eval_dataset, "eval_dataset")
-        for examples in (self._train, self._eval):
+        self._data = training_data(train_dataset, self.config.seed)
+        shown = self._data.peek(_SHOWN_EXAMPLES)
+        self._eval = None
+        if eval_dataset is not None:
+            most = self.config.eval_examples or None
+            self._eval = as_examples(eval_dataset, "eval_dataset", most)
+        for examples in (shown, self._eval):
             if examples is not None:
                 check_examples(self.graph, [examples[0]], inputs)
         if not found.agents or found.uncertain or set(self.config.nodes) - set(found.agents):
-            found = compile_graph(self.graph, self._train, inputs)  # its code did not tell all
-        self.flex_mg = found.training(self.config.nodes)
-        self.nodes = self.flex_mg.agents
+            found = compile_graph(self.graph, shown, inputs)  # its code did not tell all
+        self.nodes = found.training(self.config.nodes).agents
+        agents = agents_of(self.nodes, self.config)
+        _check_alternate_order(self.config, [agent.name for agent in agents])
+        self.flex_mg = found.training(self.nodes, adapters_of(agents))
         self.run_dir = claim_run_folder(run_dir, overwrite=overwrite, resume=resume)
         self._extra_settings = dict(extra_settings or {})
-        self.policy = Policy.load(
-            self.config.base_model,
-            [adapter_name(node) for node in self.nodes],
-            rank=self.config.lora_rank,
-            alpha=self.config.lora_alpha,
-            targets=self.config.lora_targets,
-            device=self.config.device,
-            dtype=self.config.dtype,
-            trust_remote_code=self.config.trust_remote_code,
-            seed=self.config.seed,
+        self.team = Team.load(agents, self.config)
+        rates = {agent.name: agent.learning_rate for agent in agents}
+        self._learner = Learner(self.team, self.config, rates)
+        self._engine = local_engine(self.team, max_batch_size=self.config.max_batch_size)
+        self._health = Health(
+            entropy_floor=self.config.entropy_floor,
+            kl_ceiling=self.config.kl_ceiling,
+            return_floor=self.config.return_floor,
         )
-        self._learner = Learner(self.policy, self.config)
-        self._engine = LocalEngine(self.policy, max_batch_size=self.config.max_batch_size)
-        self._order = ExampleOrder(len(self._train), self.config.seed)
         self._stop = threading.Event()
         self._known_greedy: set[str] = set()
+        self._progress = _Progress()
         self.iteration = 0
         if resume:
             self._resume()
@@ -163,19 +186,28 @@ class Trainer:
         log = self._open_run_folder()
         bar = TrainingProgress(self.config.iterations, start=self.iteration, enabled=progress)
         with bar, self._stopping_on_interrupt():
-            before = self._evaluate_both(log, "before") if self.iteration == 0 else (None, None)
-            while self.iteration < self.config.iterations and not self._stop.is_set():
+            before: _Evaluations = (None, None)
+            if self.iteration == 0:
+                before = self._evaluate_both(log, "before")
+                self._checkpoint(None if before[0] is None else before[0].return_mean)
+            while self._goes_on() and not self._stop.is_set():
                 row = self._iterate()
                 log.write(row)
-                if _due(self.config.eval_every, self.iteration, self.config.iterations):
+                if row["collapsed"] is not None:
+                    self._recover(row["collapsed"])
+                elif _due(self.config.eval_every, self.iteration, self.config.iterations):
                     row |= self._log_evaluation(log, self.evaluate())
                 bar.update(row)
-                if _due(self.config.checkpoint_every, self.iteration, self.config.iterations):
+                if _due(self.config.checkpoint_every, self.iteration, self.config.iterations) or (
+                    self._progress.best_iteration == self.iteration
+                ):
                     self._checkpoint(row.get("eval_return"))
             if self._stop.is_set():
                 self._checkpoint(None)
                 write_report(self.run_dir)
                 raise KeyboardInterrupt
+            if self.config.load_best:
+                self._put_back_best()
             after = self._evaluate_both(log, "after")
         self._checkpoint(None if after[0] is None else after[0].return_mean)
         target = self.run_dir / "export"
@@ -210,8 +242,8 @@ class Trainer:
         staging = self.run_dir / ".export-adapters"
         shutil.rmtree(staging, ignore_errors=True)
         try:
-            for agent in self.policy.agents:
-                self.policy.save_adapter(agent, staging / agent)
+            for agent in self.team.agents:
+                self.team.of(agent).save_adapter(agent, staging / agent)
             metrics = {"iteration": self.iteration}
             return write_export(staging, Path(directory), self.flex_mg, self.config, metrics)
         finally:
@@ -237,34 +269,59 @@ class Trainer:
     def _iterate(self) -> dict[str, Any]:
         self.iteration += 1
         started = time.perf_counter()
-        chosen = self._order.take(self.iteration, self.config.examples_per_iteration)
-        episodes = self._rollout(
-            [self._train[i] for i in chosen],
-            group_size=self.config.group_size,
-            seed=self.config.seed * 1_000_003 + self.iteration,
-        )
+        episodes, learnt = self._sample()
         rolled_out = time.perf_counter()
-        self._refuse_failures(episodes)
-        self._refuse_greedy(episodes)
-        stats = self._learner.update(episodes, self.iteration)
+        stats, collapsed = {}, None
+        try:
+            stats = self._learner.update(learnt, self.iteration)
+        except TrainingCollapsedError as error:
+            collapsed = str(error)
         self._engine.publish(self.iteration)
         updated = time.perf_counter()
         path = self.run_dir / "traces" / f"iter_{self.iteration:06d}.parquet"
         write_traces(path, episodes, iteration=self.iteration, phase="train")
         returns = [episode.total_reward for episode in episodes if episode.ok]
-        return {
+        row: dict[str, Any] = {
             "iteration": self.iteration,
             "episodes": len(episodes),
             "episodes_failed": len(episodes) - len(returns),
+            "episodes_filtered": len(episodes) - len(learnt),
             "failed_by_reason": failure_reasons(episodes),
             "return_mean": statistics.fmean(returns) if returns else None,
             "return_std": statistics.pstdev(returns) if returns else None,
             **mean_parts(episodes),
+            "zero_advantage_groups": share_of_equal_groups(episodes),
             "seconds_rollout": rolled_out - started,
             "seconds_update": updated - rolled_out,
             "tokens_sampled": sum(len(c.completion_ids) for e in episodes for c in e.calls),
             "agents": stats,
         }
+        row["collapsed"] = collapsed or self._health.problem(row)
+        return row
+
+    def _sample(self) -> tuple[list[Episode], list[Episode]]:
+        """The iteration's episodes, and those of them that it learns from."""
+        config = self.config
+        episodes: list[Episode] = []
+        learnt: list[Episode] = []
+        wanted = config.examples_per_iteration
+        for attempt in range(1 + config.filter_rounds):
+            found = self._rollout(
+                self._data.take(wanted),
+                group_size=config.group_size,
+                seed=config.seed * 1_000_003 + self.iteration + attempt * 500_000_003,
+            )
+            offset = 1 + max((episode.example_index for episode in episodes), default=-1)
+            found = [replace(e, example_index=e.example_index + offset) for e in found]
+            self._refuse_failures(found)
+            self._refuse_greedy(found)
+            episodes += found
+            useful = found if config.filter_rounds == 0 else without_equal_groups(found)
+            learnt += useful
+            wanted -= len({episode.example_index for episode in useful})
+            if wanted <= 0 or config.filter_rounds == 0:
+                break
+        return episodes, learnt
 
     def _rollout(
         self,
@@ -280,6 +337,7 @@ class Trainer:
             engine=self._engine,
             reward=self._reward,
             nodes=self.nodes,
+            adapters={node: self.flex_mg.adapter(node) for node in self.nodes},
             inputs=self._inputs,
             seed=seed,
             group_size=group_size,
@@ -324,9 +382,7 @@ class Trainer:
 
     # Evaluation and the run folder
 
-    def _evaluate_both(
-        self, log: MetricsLog, when: str
-    ) -> tuple[Evaluation | None, Evaluation | None]:
+    def _evaluate_both(self, log: MetricsLog, when: str) -> _Evaluations:
         """Sampled and greedy evaluation, with traces."""
         if self._eval is None:
             return None, None
@@ -347,6 +403,7 @@ class Trainer:
             **more,
         }
         log.write_evaluation(row)
+        self._progress.note(self.iteration, evaluation.return_mean)
         return row
 
     def _open_run_folder(self) -> MetricsLog:
@@ -356,15 +413,74 @@ class Trainer:
 
     def _checkpoint(self, eval_return: float | None) -> None:
         def write(folder: Path) -> None:
-            for agent in self.policy.agents:
-                self.policy.save_adapter(agent, folder / "adapters" / agent)
+            for agent in self.team.agents:
+                self.team.of(agent).save_adapter(agent, folder / "adapters" / agent)
             save_file(self._learner.state(), folder / "learner.safetensors")
-            state = {"iteration": self.iteration, "eval_return": eval_return}
+            state = {
+                "iteration": self.iteration,
+                "eval_return": eval_return,
+                "examples_taken": self._data.position,
+                "rate_scale": self._learner.rate_scale,
+                **dataclasses.asdict(self._progress),
+            }
             (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
         path = self.run_dir / "checkpoints" / f"step_{self.iteration}"
         write_folder_atomically(path, write)
-        prune(self.run_dir, self.config.keep_checkpoints)
+        prune(self.run_dir, self.config.keep_checkpoints, self._progress.best_iteration)
+
+    def _put_back(self, checkpoint: Path) -> dict[str, Any]:
+        """Weights and optimizer of a checkpoint; its other state for the caller to use."""
+        for agent in self.team.agents:
+            self.team.of(agent).load_adapter(agent, checkpoint / "adapters" / agent)
+        self._learner.load_state(load_file(checkpoint / "learner.safetensors"))
+        self._engine.publish(self.iteration)
+        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        return state
+
+    def _put_back_best(self) -> None:
+        best = self._progress.best_iteration
+        if best is None or best == self.iteration:
+            return
+        self._put_back(self.run_dir / "checkpoints" / f"step_{best}")
+        logger.info("went back to iteration %d, the best held-out return", best)
+
+    # Health
+
+    def _goes_on(self) -> bool:
+        patience = self.config.early_stop
+        if patience and self._progress.evaluations_since_best >= patience:
+            logger.warning(
+                "stopping early at iteration %d: no better held-out return in %d evaluations",
+                self.iteration,
+                patience,
+            )
+            return False
+        return self.iteration < self.config.iterations
+
+    def _recover(self, problem: str) -> None:
+        """Put the last good checkpoint back with lower learning rates; give up after N times."""
+        self._progress.recoveries += 1
+        checkpoint = latest_checkpoint(self.run_dir)
+        if self._progress.recoveries > self.config.max_recoveries or checkpoint is None:
+            write_report(self.run_dir)
+            raise TrainingCollapsedError(
+                f"training collapsed in iteration {self.iteration}: {problem}. Gave up after "
+                f"max_recoveries={self.config.max_recoveries}; the last good checkpoint is "
+                f"{checkpoint}. Try a lower learning_rate, or a higher kl_coef"
+            )
+        self._put_back(checkpoint)
+        self._learner.rate_scale *= self.config.recovery_rate
+        self._health.forget()
+        logger.warning(
+            "iteration %d collapsed: %s; put %s back, learning rates now times %g (%d of %d)",
+            self.iteration,
+            problem,
+            checkpoint.name,
+            self._learner.rate_scale,
+            self._progress.recoveries,
+            self.config.max_recoveries,
+        )
 
     def _resume(self) -> None:
         """Continue where the newest intact checkpoint stands; later metrics are dropped."""
@@ -389,13 +505,17 @@ class Trainer:
         differences = FlexMG.from_dict(graph).difference(self.flex_mg)
         if differences:
             raise CheckpointError(f"{self.run_dir} trained another graph: {'; '.join(differences)}")
-        for agent in self.policy.agents:
-            self.policy.load_adapter(agent, checkpoint / "adapters" / agent)
-        self._learner.load_state(load_file(checkpoint / "learner.safetensors"))
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        state = self._put_back(checkpoint)
         self.iteration = int(state["iteration"])
+        self._data.seek(int(state["examples_taken"]))
+        self._learner.rate_scale = float(state["rate_scale"])
+        self._progress = _Progress(
+            **{spec.name: state[spec.name] for spec in dataclasses.fields(_Progress)}
+        )
         self._engine.publish(self.iteration)
         MetricsLog(self.run_dir).truncate(self.iteration)
+        for row in read_metrics(self.run_dir):
+            self._health.problem(row)
 
     @contextlib.contextmanager
     def _stopping_on_interrupt(self) -> Iterator[None]:
@@ -417,6 +537,33 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGINT, previous)
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What a run has come to; it is part of every checkpoint."""
+
+    best_iteration: int | None = None
+    """Iteration of the best held-out return, sampled."""
+    best_return: float | None = None
+    evaluations_since_best: int = 0
+    recoveries: int = 0
+
+    def note(self, iteration: int, eval_return: float) -> None:
+        """Take an evaluation into account."""
+        if self.best_return is None or eval_return > self.best_return:
+            self.best_iteration, self.best_return = iteration, eval_return
+            self.evaluations_since_best = 0
+        else:
+            self.evaluations_since_best += 1
+
+
+def _check_alternate_order(config: TrainConfig, agents: Sequence[str]) -> None:
+    for name in config.alternate_order:
+        if name not in agents:
+            raise ConfigError(
+                f"alternate_order names {name!r}, which is no agent; they are {', '.join(agents)}"
+            )
 
 
 def _due(every: int, iteration: int, last: int) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from marft_graph.agents import Agent, agents_of
+from marft_graph.config import TrainConfig
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -46,3 +50,8 @@ def save_random_model(
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def make_agents(names: Sequence[str], model: Path, **settings: object) -> tuple[Agent, ...]:
+    """Agents on one base model with the default settings, or others."""
+    return agents_of(names, TrainConfig(base_model=str(model), **settings))

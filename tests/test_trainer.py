@@ -69,7 +69,7 @@ def make(tiny_model: Path, tmp_path: Path) -> Callable[..., Trainer]:
 def adapters(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {
         f"{agent}/{i}": parameter.detach().clone()
-        for agent, parameters in trainer.policy.adapter_parameters.items()
+        for agent, parameters in trainer.team.weights().items()
         for i, parameter in enumerate(parameters)
     }
 
@@ -146,7 +146,7 @@ def test_only_the_nodes_asked_for_are_trained(
 
     monkeypatch.setattr(tests.apps, "model", FakeListChatModel(responses=["own"]))
     trainer = make(config=config(tiny_model, nodes=("actor",)))
-    assert trainer.policy.agents == ("actor",)
+    assert trainer.team.agents == ("actor",)
     assert set(read_metrics(trainer.train(progress=False).run_dir)[0]["agents"]) == {"actor"}
 
 
@@ -234,7 +234,11 @@ def test_export_writes_peft_folders_and_a_manifest(
 ) -> None:
     folder = make().export(tmp_path / "out")
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["nodes"] == {"planner": "adapters/planner", "actor": "adapters/actor"}
+    assert manifest["nodes"] == {"planner": "planner", "actor": "actor"}
+    assert [own["path"] for own in manifest["adapters"].values()] == [
+        "adapters/planner",
+        "adapters/actor",
+    ]
     for name in ("planner", "actor"):
         assert (folder / "adapters" / name / "adapter_model.safetensors").exists()
         assert (folder / "adapters" / name / "adapter_config.json").exists()

@@ -6,7 +6,7 @@ The app's code does not change; nodes without an adapter keep their own model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from langgraph.pregel import Pregel
 
 from marft_graph.deploy.export import read_manifest
 from marft_graph.engine.base import Engine
-from marft_graph.engine.local import LocalEngine
+from marft_graph.engine.routing import local_engine
 from marft_graph.errors import ExportError
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
-from marft_graph.names import adapter_name, agent_path
-from marft_graph.policy.adapters import Policy
+from marft_graph.names import agent_path
+from marft_graph.policy.team import Team
 from marft_graph.rollout.answers import message_for, request_for
 from marft_graph.rollout.intercept import InterceptedCall, Pending, Responder, intercepting
 
@@ -57,15 +57,10 @@ def bind(
         resolve_nodes(compile_graph(app), tuple(manifest.nodes), found_before=True)
     except LookupError as error:
         raise ExportError(f"{folder} was exported from another graph: {error}") from error
-    policy = Policy.from_folders(
-        base_model or manifest.base_model,
-        {adapter_name(node): folder / path for node, path in manifest.nodes.items()},
-        device=device,
-        dtype=manifest.dtype,
-    )
+    folders = manifest.folders(folder, base_model)
     responder = _Adapters(
-        LocalEngine(policy),
-        agents=frozenset(policy.agents),
+        local_engine(Team.from_folders(folders, device=device, dtype=manifest.dtype)),
+        adapters=manifest.nodes,
         temperature=temperature,
         max_new_tokens=manifest.max_new_tokens,
     )
@@ -76,17 +71,21 @@ class _Adapters(Responder):
     """Answers each trained node's calls from its adapter."""
 
     def __init__(
-        self, engine: Engine, *, agents: frozenset[str], temperature: float, max_new_tokens: int
+        self,
+        engine: Engine,
+        *,
+        adapters: Mapping[str, str],
+        temperature: float,
+        max_new_tokens: int,
     ) -> None:
         self._engine = engine
-        self._agents = agents
+        self._adapters = adapters
         self._temperature = temperature
         self._max_new_tokens = max_new_tokens
 
     def agent_for(self, node: str) -> str | None:
         """The node's adapter, where one was exported."""
-        name = adapter_name(agent_path(node))
-        return name if name in self._agents else None
+        return self._adapters.get(agent_path(node))
 
     def respond(self, call: InterceptedCall) -> Pending:
         """Submit the call; sampled answers differ from call to call, greedy ones do not."""

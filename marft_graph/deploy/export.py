@@ -9,15 +9,15 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from marft_graph.agents import base_model_of
 from marft_graph.config import TrainConfig, read_yaml
 from marft_graph.errors import ExportError
 from marft_graph.graph.flex_mg import FlexMG
-from marft_graph.names import agent_of_adapter
 from marft_graph.run.checkpoint import latest_checkpoint
 
 FORMAT = 1
@@ -28,16 +28,37 @@ _VERSIONED = ("marft-graph", "torch", "transformers", "peft", "langgraph", "lang
 class Manifest:
     """What an export folder says of itself (`manifest.json`)."""
 
-    base_model: str
     dtype: str
     graph_hash: str
     nodes: Mapping[str, str]
-    """Agent path -> adapter folder, relative to the export folder."""
+    """Agent path -> name of its adapter; several may share one."""
+    adapters: Mapping[str, Mapping[str, Any]]
+    """Name -> `path` of the adapter's folder, relative to the export folder, and `base_model`."""
     max_new_tokens: int
-    lora_rank: int
     metrics: Mapping[str, Any]
     sha256: Mapping[str, str]
     """Digest of every other file in the folder, by relative path."""
+
+    def folders(self, folder: Path, base_model: str | None = None) -> dict[str, tuple[str, Path]]:
+        """Base model and folder of each adapter.
+
+        Args:
+            folder: the export folder.
+            base_model: where the base is now, if not where the manifest says.
+
+        Raises:
+            ExportError: adapters stand on several bases, which one `base_model` cannot replace.
+        """
+        bases = {str(own["base_model"]) for own in self.adapters.values()}
+        if base_model is not None and len(bases) > 1:
+            raise ExportError(
+                f"the adapters in {folder} stand on {len(bases)} base models "
+                f"({', '.join(sorted(bases))}); base_model can replace only a single one"
+            )
+        return {
+            name: (base_model or str(own["base_model"]), folder / own["path"])
+            for name, own in self.adapters.items()
+        }
 
 
 def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
@@ -80,22 +101,27 @@ def write_export(
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ExportError(f"{out_dir} exists and is not empty; give a new folder")
     shutil.copytree(adapters, out_dir / "adapters", dirs_exist_ok=True)
-    names = sorted(folder.name for folder in (out_dir / "adapters").iterdir())
-    base = Path(config.base_model).expanduser()
-    manifest = {
+    nodes = {node: flex_mg.adapter(node) for node in flex_mg.agents}
+    listed = {
+        name: {
+            "path": f"adapters/{name}",
+            "base_model": _absolute(base_model_of([n for n in nodes if nodes[n] == name], config)),
+            "lora_rank": _rank(out_dir / "adapters" / name),
+        }
+        for name in dict.fromkeys(nodes.values())
+    }
+    manifest: dict[str, Any] = {
         "format": FORMAT,
-        "base_model": str(base.resolve()) if base.is_dir() else config.base_model,
         "dtype": config.dtype,
         "graph_hash": flex_mg.hash,
-        "nodes": {agent_of_adapter(name): f"adapters/{name}" for name in names},
+        "nodes": nodes,
+        "adapters": listed,
         "max_new_tokens": config.max_new_tokens,
-        "lora_rank": config.lora_rank,
         "metrics": dict(metrics),
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
     }
-    nodes = [agent_of_adapter(name) for name in names]
-    command = vllm_command(str(manifest["base_model"]), names, out_dir, config.lora_rank)
-    (out_dir / "README.md").write_text(_readme(command, nodes), encoding="utf-8")
+    text = _readme(vllm_commands(listed, out_dir), flex_mg.agents)
+    (out_dir / "README.md").write_text(text, encoding="utf-8")
     manifest["sha256"] = {
         file.relative_to(out_dir).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(out_dir.rglob("*"))
@@ -134,13 +160,34 @@ def read_manifest(export_dir: str | Path) -> Manifest:
     return manifest
 
 
-def vllm_command(base_model: str, names: list[str], out_dir: Path, rank: int) -> str:
-    """The command that serves base and adapters on vLLM; each node calls its adapter's name."""
-    modules = " ".join(f"{name}={out_dir / 'adapters' / name}" for name in names)
-    return (
-        f"vllm serve {base_model} --served-model-name base --enable-lora "
-        f"--max-lora-rank {_served_rank(rank)} --max-loras {len(names)} --lora-modules {modules}"
-    )
+def vllm_commands(adapters: Mapping[str, Mapping[str, Any]], out_dir: Path) -> list[str]:
+    """The commands that serve bases and adapters on vLLM, one for each base model.
+
+    Each node calls its adapter's name as the model. `adapters` is as in the manifest.
+    """
+    by_base: dict[str, list[str]] = {}
+    for name, own in adapters.items():
+        by_base.setdefault(str(own["base_model"]), []).append(name)
+    commands = []
+    for base, names in by_base.items():
+        modules = " ".join(f"{name}={out_dir / str(adapters[name]['path'])}" for name in names)
+        rank = _served_rank(max(int(adapters[name]["lora_rank"]) for name in names))
+        commands.append(
+            f"vllm serve {base} --served-model-name base --enable-lora --max-lora-rank {rank} "
+            f"--max-loras {len(names)} --lora-modules {modules}"
+        )
+    return commands
+
+
+def _rank(adapter: Path) -> int:
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return int(config["r"])
+
+
+def _absolute(base_model: str) -> str:
+    """A folder as an absolute path; a hub id as it is."""
+    path = Path(base_model).expanduser()
+    return str(path.resolve()) if path.is_dir() else base_model
 
 
 def _served_rank(rank: int) -> int:
@@ -148,15 +195,16 @@ def _served_rank(rank: int) -> int:
     return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
 
 
-def _readme(command: str, nodes: list[str]) -> str:
+def _readme(commands: Sequence[str], nodes: Sequence[str]) -> str:
+    served = "\n\n".join(commands)
     return (
         "# Adapters trained by marft-graph\n\n"
-        f"One LoRA adapter in PEFT format for each of these nodes: {', '.join(nodes)}.\n\n"
+        f"LoRA adapters in PEFT format for these nodes: {', '.join(nodes)}.\n\n"
         "In process:\n\n"
         "```python\n"
         "from marft_graph import bind\n\n"
         "app = bind(graph, 'THIS_FOLDER')  # graph: your unchanged LangGraph app\n"
         "```\n\n"
         "On vLLM, where each node calls its adapter's model name:\n\n"
-        f"```\n{command}\n```\n"
+        f"```\n{served}\n```\n"
     )

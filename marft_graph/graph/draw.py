@@ -26,6 +26,8 @@ def summary(flex_mg: FlexMG) -> str:
     for agent in agents:
         calls = flex_mg.graph.nodes[agent].get("calls")
         often = "" if calls is None else f"  ({calls:g} calls a run)"
+        adapter = flex_mg.graph.nodes[agent].get("adapter")
+        often += "" if adapter is None else f"  [adapter {adapter}]"
         lines.append(f"  {agent:<{width}}  observes {_observed(flex_mg, agent)}{often}")
     if flex_mg.frozen:
         lines.append(f"frozen (call a model, not trained): {', '.join(flex_mg.frozen)}")

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import networkx as nx
 
 from marft_graph.errors import GraphError, UnknownNodeError
+from marft_graph.names import adapter_name
 
 START, END = "__start__", "__end__"
 _MOST_GROUPS = 50
@@ -31,7 +32,8 @@ class FlexMG:
 
     `graph` has a vertex for every node path and for START and END. Its attribute `role` is `agent`,
     `frozen` (calls a model that is not trained), `environment` or `boundary`; `always_calls` is set
-    where every run of the node is certain to call its model. Edges have the attribute `kind`:
+    where every run of the node is certain to call its model, and `adapter` where the adapter that
+    answers has another name than the node. Edges have the attribute `kind`:
     `control` (an edge), `conditional` (a branch or `Command`), `fan_out` (`Send`) or `data` (what
     one node may write another may read; `channel` names it, and `certain` is set where every run of
     the second reads what a run of the first wrote).
@@ -194,8 +196,13 @@ class FlexMG:
             return f"{i} never observes {j}: no run of {i} comes after one of {j}"
         return f"{i} never observes {j}: nothing that {j} may write is read by a later {i}"
 
-    def training(self, nodes: Sequence[str]) -> FlexMG:
+    def training(self, nodes: Sequence[str], adapters: Mapping[str, str] | None = None) -> FlexMG:
         """The same game where only some agents are trained; the others are frozen.
+
+        Args:
+            nodes: agents to train; none: all.
+            adapters: adapter name of a node, where it is not the node's own; nodes with one name
+                share the adapter.
 
         Raises:
             UnknownNodeError: a name is no agent of the graph; the message lists those there are.
@@ -205,7 +212,17 @@ class FlexMG:
         graph = self.graph.copy()
         for node in {*self.agents, *self.frozen} - {*trained}:
             graph.nodes[node]["role"] = "frozen"
+        for node in trained:
+            name = (adapters or {}).get(node, adapter_name(node))
+            graph.nodes[node].pop("adapter", None)
+            if name != adapter_name(node):
+                graph.nodes[node]["adapter"] = name
         return replace(self, graph=graph)
+
+    def adapter(self, agent: str) -> str:
+        """Name of the adapter that answers an agent; several agents may share one."""
+        self._check(agent)
+        return str(self.graph.nodes[agent].get("adapter", adapter_name(agent)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `graph.json`, with the dependency matrix for people."""
@@ -261,7 +278,10 @@ class FlexMG:
         return gone + [f"new: {line}" for line in sorted(theirs - mine)]
 
     def _lines(self) -> list[str]:
-        nodes = [f"node {n} ({data['role']})" for n, data in self.graph.nodes(data=True)]
+        nodes = []
+        for name, data in self.graph.nodes(data=True):
+            adapter = f", adapter {data['adapter']}" if "adapter" in data else ""
+            nodes.append(f"node {name} ({data['role']}{adapter})")
         edges = [
             f"edge {a} -> {b} ({data['kind']}{' ' + data['channel'] if 'channel' in data else ''}"
             f"{', always' if data.get('certain') else ''})"

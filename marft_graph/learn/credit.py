@@ -33,9 +33,12 @@ class AgentBatch:
     """(episode, call) of each call, as positions in the given lists."""
     offsets: list[int]
     old_logprobs_N: Tensor
+    """Under the policy that sampled; the learner's own figures where importance is corrected."""
     ref_logprobs_N: Tensor
     features_NH: Tensor | None
     """States of the base before each action token; kept for the critic only."""
+    importance_N: Tensor
+    """Weight of each token for what engine and learner differ by; 1 where that is not corrected."""
     old_values_N: Tensor
     advantages_N: Tensor
     """Per token; at action level all tokens of a call share the call's."""

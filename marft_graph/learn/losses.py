@@ -6,6 +6,7 @@ Sums over micro-batches equal the loss of the whole batch, because every denomin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -86,6 +87,33 @@ def action_logprobs(
     if words is None:
         raise ValueError("normalising by words needs the number of words of each call")
     return sums_C / torch.tensor(words, device=logprobs_N.device).clamp_min(1)
+
+
+def importance_weights(
+    logprobs_N: Tensor, sampled_N: Tensor, cap: float, offsets: Sequence[int] | None = None
+) -> Tensor:
+    """Truncated importance weights (N,) for tokens that another engine sampled.
+
+    w = min(exp(logprob - sampled), cap), where `logprobs_N` are the learner's for the weights that
+    sampled and `sampled_N` the engine's own: they differ by precision and kernels alone
+    (https://fengyao.notion.site/off-policy-rl).
+
+    Args:
+        logprobs_N: of the learner.
+        sampled_N: of the engine.
+        cap: largest weight.
+        offsets: where each call begins, and N at the end: one weight for a whole action, from its
+            summed log-probs; None: one for each token.
+
+    >>> importance_weights(torch.zeros(2), torch.tensor([-9.0, 0.0]), 2.0)
+    tensor([2., 1.])
+    """
+    difference_N = logprobs_N - sampled_N
+    if offsets is not None:
+        lengths_C = torch.tensor(offsets, device=difference_N.device).diff()
+        sums_C = action_logprobs(difference_N, offsets, "sum")
+        difference_N = torch.repeat_interleave(sums_C, lengths_C)
+    return difference_N.clamp(max=math.log(cap)).exp()
 
 
 def kl_k3(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:

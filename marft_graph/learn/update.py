@@ -6,20 +6,29 @@ head; it changes the policy's adapters in place. It knows nothing of graphs, eng
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from marft_graph.config import TrainConfig
-from marft_graph.episode import Call, Episode
+from marft_graph.episode import Episode
+from marft_graph.errors import TrainingCollapsedError
 from marft_graph.learn.batches import collate, microbatches, token_offsets
 from marft_graph.learn.credit import AgentBatch, assign_advantages
-from marft_graph.learn.losses import action_logprobs, kl_k3, policy_loss, value_loss
+from marft_graph.learn.losses import (
+    action_logprobs,
+    importance_weights,
+    kl_k3,
+    policy_loss,
+    value_loss,
+)
+from marft_graph.learn.order import sequential_factors, turns
 from marft_graph.learn.schedule import rate_share
-from marft_graph.policy.adapters import Policy
 from marft_graph.policy.critic import ValueHead
 from marft_graph.policy.logprobs import token_logprobs
+from marft_graph.policy.team import Team
 
 AgentStats = dict[str, float]
 
@@ -27,19 +36,31 @@ AgentStats = dict[str, float]
 class Learner:
     """Updates every agent's adapter from an iteration's episodes (MARFT-A, MARFT-T, or groups)."""
 
-    def __init__(self, policy: Policy, settings: TrainConfig) -> None:
-        self._policy = policy
+    def __init__(
+        self,
+        team: Team,
+        settings: TrainConfig,
+        learning_rates: Mapping[str, float] | None = None,
+    ) -> None:
+        self._team = team
         self._settings = settings
+        self._rates = {
+            agent: (learning_rates or {}).get(agent, settings.learning_rate)
+            for agent in team.agents
+        }
+        self.rate_scale = 1.0
+        """Multiplies every adapter's learning rate; lowered after a collapse."""
         self.optimizers = {
             agent: torch.optim.AdamW(
-                parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+                team.parameters(agent), lr=rate, weight_decay=settings.weight_decay
             )
-            for agent, parameters in policy.adapter_parameters.items()
+            for agent, rate in self._rates.items()
         }
         self.critics: dict[str, ValueHead] = {}
         self.critic_optimizers: dict[str, torch.optim.AdamW] = {}
         if settings.advantage == "gae":
-            for offset, agent in enumerate(policy.agents):
+            for offset, agent in enumerate(team.agents):
+                policy = team.of(agent)
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(settings.seed * 1_000_003 + 500_009 + offset)
                     head = ValueHead(int(policy.config.hidden_size)).to(policy.device)
@@ -55,20 +76,38 @@ class Learner:
             episodes: the iteration's episodes; failed ones are ignored.
             iteration: from 1; it seeds the order of minibatches and ends the critic's warm-up.
         """
+        settings = self._settings
         kept = [episode for episode in episodes if episode.ok]
+        turn = turns(
+            self._team.agents,
+            iteration,
+            order=settings.update_order,
+            interval=settings.alternate_every,
+            sequence=settings.alternate_order,
+            seed=settings.seed,
+        )
+        if iteration <= (settings.critic_warmup if self.critics else 0):
+            turn = ()
         batches = {
-            agent: self._score(agent, places, kept)
-            for agent in self._policy.agents
+            agent: self._score(agent, places, kept, is_updated=agent in turn)
+            for agent in self._team.agents
             if (places := _places(kept, agent))
         }
-        assign_advantages(kept, batches, self._settings)
-        stats = {}
-        for agent, batch in batches.items():
-            stats[agent] = self._describe(batch)
-            if self._settings.advantage == "gae":
+        assign_advantages(kept, batches, settings)
+        stats = {agent: self._describe(batch) for agent, batch in batches.items()}
+        if self.critics:
+            for agent, batch in batches.items():
                 stats[agent] |= self._update_critic(agent, batch)
-            if iteration > (self._settings.critic_warmup if self.critics else 0):
-                stats[agent] |= self._update_adapter(agent, batch, iteration)
+        log_ratios: dict[tuple[int, int], float] = {}
+        for agent in turn:
+            if agent not in batches:
+                continue
+            batch = batches[agent]
+            if settings.update_order == "sequential":
+                _follow(batch, kept, log_ratios)
+            stats[agent] |= self._update_adapter(agent, batch, iteration)
+            if settings.update_order == "sequential" and agent != turn[-1]:
+                log_ratios |= self._log_ratios(agent, batch)
         return stats
 
     def state(self) -> dict[str, Tensor]:
@@ -108,15 +147,25 @@ class Learner:
 
     @torch.no_grad()
     def _score(
-        self, agent: str, places: list[tuple[int, int]], episodes: Sequence[Episode]
+        self,
+        agent: str,
+        places: list[tuple[int, int]],
+        episodes: Sequence[Episode],
+        *,
+        is_updated: bool,
     ) -> AgentBatch:
-        """Reference log-probs and critic features: one pass through the base, adapters disabled."""
+        """Reference log-probs and critic features: one pass through the base, adapters disabled.
+
+        An agent that is not updated needs them only where other agents' advantages do.
+        """
+        settings = self._settings
         calls = [episodes[e].calls[k] for e, k in places]
         offsets = token_offsets(calls)
-        reference = torch.empty(offsets[-1])
+        reference = torch.zeros(offsets[-1])
         features = None
         if self.critics:
-            features = torch.empty(offsets[-1], int(self._policy.config.hidden_size))
+            width = int(self._team.of(agent).config.hidden_size)
+            features = torch.empty(offsets[-1], width)
         batch = AgentBatch(
             calls=calls,
             place=places,
@@ -124,37 +173,71 @@ class Learner:
             old_logprobs_N=torch.tensor([x for call in calls for x in call.logprobs]),
             ref_logprobs_N=reference,
             features_NH=features,
+            importance_N=torch.ones(offsets[-1]),
             old_values_N=torch.zeros(offsets[-1]),
             advantages_N=torch.zeros(offsets[-1]),
             returns_N=torch.zeros(offsets[-1]),
         )
-        for indices in microbatches(calls, self._settings.microbatch_tokens):
+        if not (is_updated or self.critics or settings.kl_in == "reward"):
+            return batch
+        for indices in microbatches(calls, settings.microbatch_tokens):
             tokens = batch.tokens(indices)
-            states, logprobs, _ = self._forward(None, [calls[i] for i in indices])
+            states, logprobs, _ = self._forward(agent, batch, indices, is_base=True)
             reference[tokens] = logprobs.cpu()
             if features is not None:
                 features[tokens] = states.float().cpu()
         if features is not None:
             batch.old_values_N = self._values(agent, features)
+        if is_updated and settings.importance_cap is not None:
+            own_N = self._logprobs(agent, batch)
+            batch.importance_N = importance_weights(
+                own_N,
+                batch.old_logprobs_N,
+                settings.importance_cap,
+                offsets if settings.level == "action" else None,
+            )
+            batch.old_logprobs_N = own_N
         return batch
 
-    def _forward(self, agent: str | None, calls: Sequence[Call]) -> tuple[Tensor, Tensor, Tensor]:
-        """States (N, H), log-probs (N,) and entropies (N,) of the calls' action tokens."""
-        batch = collate(calls, self._policy.device)
-        with self._policy.using(agent):
-            states_NH = batch.action_states(self._policy.hidden(batch.ids_BT))
+    @torch.no_grad()
+    def _logprobs(self, agent: str, batch: AgentBatch) -> Tensor:
+        """Log-probs (N,) of an agent's actions under its adapter as it is now."""
+        logprobs_N = torch.empty(batch.offsets[-1])
+        for indices in microbatches(batch.calls, self._settings.microbatch_tokens):
+            logprobs_N[batch.tokens(indices)] = self._forward(agent, batch, indices)[1].cpu()
+        return logprobs_N
+
+    def _log_ratios(self, agent: str, batch: AgentBatch) -> dict[tuple[int, int], float]:
+        """Log of new over old probability of each whole action, by (episode, call)."""
+        change_N = self._logprobs(agent, batch) - batch.old_logprobs_N
+        sums = action_logprobs(change_N, batch.offsets, "sum").tolist()
+        sampled = [call.temperature > 0 for call in batch.calls]
+        return {
+            place: value
+            for place, value, is_sampled in zip(batch.place, sums, sampled, strict=True)
+            if is_sampled  # a greedy answer is a function of its prompt: its ratio is 1
+        }
+
+    def _forward(
+        self, agent: str, batch: AgentBatch, indices: Sequence[int], *, is_base: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """States (N, H), log-probs (N,) and entropies (N,) of some calls' action tokens."""
+        policy = self._team.of(agent)
+        inputs = collate([batch.calls[i] for i in indices], policy.device)
+        with policy.using(None if is_base else agent):
+            states_NH = inputs.action_states(policy.hidden(inputs.ids_BT))
             logprobs_N, entropy_N = token_logprobs(
                 states_NH,
-                batch.target_N,
-                batch.temperature_N,
-                self._policy.logits,
-                self._policy.vocabulary,
+                inputs.target_N,
+                inputs.temperature_N,
+                policy.logits,
+                policy.vocabulary,
             )
         return states_NH, logprobs_N, entropy_N
 
     @torch.no_grad()
     def _values(self, agent: str, features_NH: Tensor) -> Tensor:
-        values: Tensor = self.critics[agent](features_NH.to(self._policy.device)).cpu()
+        values: Tensor = self.critics[agent](features_NH.to(self._team.of(agent).device)).cpu()
         return values
 
     # Steps
@@ -162,8 +245,9 @@ class Learner:
     def _update_adapter(self, agent: str, batch: AgentBatch, iteration: int) -> AgentStats:
         settings = self._settings
         share = rate_share(settings.learning_rate_schedule, iteration, settings.iterations)
+        rate = self._rates[agent] * share * self.rate_scale
         for group in self.optimizers[agent].param_groups:
-            group["lr"] = settings.learning_rate * share
+            group["lr"] = rate
         # A greedy call was no sample of the policy: there is no ratio to learn from.
         learnable = [i for i, call in enumerate(batch.calls) if call.temperature > 0]
         totals: dict[str, list[float]] = {}
@@ -183,6 +267,7 @@ class Learner:
             # Before the first step the policy is the one that sampled: this is the engine's error.
             stats["logprob_gap"] = totals["logprob_gap"][0]
             stats["optimizer_steps"] = float(len(totals["loss_policy"]))
+            stats["learning_rate"] = rate
         return stats
 
     def _step(self, agent: str, batch: AgentBatch, indices: Sequence[int]) -> AgentStats:
@@ -196,7 +281,7 @@ class Learner:
         for part in microbatches(calls, settings.microbatch_tokens):
             chosen = [indices[i] for i in part]
             tokens = batch.tokens(chosen)
-            _, logprobs_N, entropy_N = self._forward(agent, [batch.calls[i] for i in chosen])
+            _, logprobs_N, entropy_N = self._forward(agent, batch, chosen)
             device = logprobs_N.device
             old_N = batch.old_logprobs_N[tokens].to(device)
             policy, clipped = self._policy_loss(
@@ -215,9 +300,13 @@ class Learner:
                 sums["kl_step"] += kl_k3(old_N, logprobs_N).sum().item() / token_count
                 sums["clipped"] += clipped
                 gap = max(gap, (logprobs_N - old_N).abs().max().item())
-        norm = torch.nn.utils.clip_grad_norm_(
-            self._policy.adapter_parameters[agent], settings.max_grad_norm
-        )
+        norm = torch.nn.utils.clip_grad_norm_(self._team.parameters(agent), settings.max_grad_norm)
+        if not (math.isfinite(sums["policy"]) and math.isfinite(float(norm))):
+            optimizer.zero_grad(set_to_none=True)
+            raise TrainingCollapsedError(
+                f"{agent}: the policy loss is {sums['policy']} and its gradient's norm {norm:g}; "
+                "no step was made"
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return {
@@ -244,12 +333,15 @@ class Learner:
         high = settings.clip_ratio_high
         clip = (settings.clip_ratio, settings.clip_ratio if high is None else high)
         tokens = batch.tokens(chosen)
-        advantages = batch.advantages_N[tokens].to(logprobs_N.device)
+        advantages = (batch.advantages_N * batch.importance_N)[tokens].to(logprobs_N.device)
         if settings.level == "token":
             return policy_loss(logprobs_N, old_N, advantages, clip=clip, denominator=token_count)
         calls = [batch.calls[i] for i in chosen]
         offsets = token_offsets(calls)
-        words = [self._words(call) for call in calls] if settings.action_logprob == "word" else None
+        words = None
+        if settings.action_logprob == "word":
+            codec = self._team.of(calls[0].agent).codec
+            words = [len(codec.decode(call.completion_ids).split()) for call in calls]
         first = torch.tensor(offsets[:-1], device=logprobs_N.device)
         return policy_loss(
             action_logprobs(logprobs_N, offsets, settings.action_logprob, words),
@@ -259,17 +351,15 @@ class Learner:
             denominator=call_count,
         )
 
-    def _words(self, call: Call) -> int:
-        return len(self._policy.codec.decode(call.completion_ids).split())
-
     def _update_critic(self, agent: str, batch: AgentBatch) -> AgentStats:
         """Fit the value head to the returns, on states computed once."""
         settings = self._settings
         assert batch.features_NH is not None  # there are critics, so features were kept
         rows = batch.first_tokens if settings.level == "action" else slice(None)
-        features = batch.features_NH[rows].to(self._policy.device)
-        returns = batch.returns_N[rows].to(self._policy.device)
-        old_values = batch.old_values_N[rows].to(self._policy.device)
+        device = self._team.of(agent).device
+        features = batch.features_NH[rows].to(device)
+        returns = batch.returns_N[rows].to(device)
+        old_values = batch.old_values_N[rows].to(device)
         head, optimizer = self.critics[agent], self.critic_optimizers[agent]
         loss = torch.zeros(())
         for _ in range(settings.critic_epochs):
@@ -301,6 +391,30 @@ class Learner:
             "advantage_zero_share": (batch.advantages_N[first] == 0).float().mean().item(),
             "return_mean": batch.returns_N[first].mean().item(),
         }
+
+
+def _follow(
+    batch: AgentBatch,
+    episodes: Sequence[Episode],
+    log_ratios: Mapping[tuple[int, int], float],
+) -> None:
+    """Multiply the advantages of an agent's calls by the ratios of agents updated before it."""
+    by_episode: dict[int, dict[int, float]] = {}
+    for (e, k), value in log_ratios.items():
+        by_episode.setdefault(e, {})[k] = value
+    wanted: dict[int, list[int]] = {}
+    for e, k in batch.place:
+        wanted.setdefault(e, []).append(k)
+    factors = {
+        (e, k): factor
+        for e, calls in wanted.items()
+        for k, factor in sequential_factors(
+            [call.parents for call in episodes[e].calls], by_episode.get(e, {}), calls
+        ).items()
+    }
+    per_call = torch.tensor([factors[place] for place in batch.place])
+    lengths = torch.tensor(batch.offsets).diff()
+    batch.advantages_N = batch.advantages_N * torch.repeat_interleave(per_call, lengths)
 
 
 def _places(episodes: Sequence[Episode], agent: str) -> list[tuple[int, int]]:

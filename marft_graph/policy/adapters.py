@@ -7,12 +7,13 @@ Owns the weights and the tokenizer, and the two ways to run them: one adapter fo
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -20,11 +21,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from marft_graph.agents import Agent
 from marft_graph.errors import ConfigError, ModelError
 from marft_graph.policy.chat import TokenizerCodec
 
+Quantization = Literal["none", "4bit"]
 BASE = "__base__"
 """PEFT's name for rows that no adapter touches."""
 # PEFT mistakes adapter names that are part of its own prefix `lora_`, such as "a", for weights.
@@ -49,6 +58,7 @@ class Policy:
         self._decoder = base.get_decoder()
         self._lm_head = base.get_output_embeddings()
         self._row_agents: list[str] | None = None
+        self._checkpointed: list[nn.Module] = []
         # Which adapters are in use is a state of the one model: one user at a time.
         self._in_use = threading.RLock()
         for layer in model.modules():
@@ -61,47 +71,55 @@ class Policy:
     def load(
         cls,
         base_model: str,
-        agents: Sequence[str],
+        agents: Sequence[Agent],
         *,
-        rank: int = 16,
-        alpha: float = 32.0,
-        targets: Sequence[str] = ("all-linear",),
         device: str = "auto",
         dtype: str = "float32",
+        quantization: Quantization = "none",
         trust_remote_code: bool = False,
         seed: int = 0,
     ) -> Policy:
-        """Load the base once and give every agent a fresh adapter (which changes nothing yet).
+        """Load the base once and give every agent its adapter.
+
+        A fresh adapter changes nothing yet; one with `start_from` has the weights in that folder.
 
         Raises:
-            ModelError: the base cannot be loaded, or its architecture is not supported.
+            ModelError: the base or an adapter to continue cannot be loaded, or the base's
+                architecture is not supported.
             ConfigError: a LoRA target does not exist in the model.
         """
-        base, tokenizer, codec = load_base(base_model, device, dtype, trust_remote_code)
-        target_modules: str | list[str] = (
-            "all-linear" if tuple(targets) == ("all-linear",) else list(targets)
-        )
-        lora = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT annotates int, and divides
-            target_modules=target_modules,
-            lora_dropout=0.0,
-            task_type="CAUSAL_LM",
+        base, tokenizer, codec = load_base(
+            base_model, device, dtype, trust_remote_code, quantization
         )
         model: PeftModel | None = None
-        for offset, agent in enumerate(agents):
+        for agent in agents:
+            lora = LoraConfig(
+                r=agent.rank,
+                lora_alpha=agent.alpha,  # type: ignore[arg-type]  # PEFT annotates int, and divides
+                target_modules="all-linear"
+                if agent.targets == ("all-linear",)
+                else list(agent.targets),
+                lora_dropout=0.0,
+                task_type="CAUSAL_LM",
+            )
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed * 1_000_003 + offset)  # adapters differ, runs do not
+                torch.manual_seed(seed * 1_000_003 + agent.index)  # adapters differ, runs do not
                 try:
                     if model is None:
-                        model = _quietly(get_peft_model, base, lora, adapter_name=_PREFIX + agent)
+                        model = _quietly(
+                            get_peft_model, base, lora, adapter_name=_PREFIX + agent.name
+                        )
                     else:
-                        model.add_adapter(_PREFIX + agent, lora)
+                        model.add_adapter(_PREFIX + agent.name, lora)
                 except ValueError as error:
-                    raise ConfigError(f"lora_targets {list(targets)}: {error}") from error
+                    raise ConfigError(f"lora_targets {list(agent.targets)}: {error}") from error
         if model is None:
             raise ConfigError("there is no agent to train: no node of the graph calls a model")
-        return cls(model, codec, tokenizer)
+        policy = cls(model, codec, tokenizer)
+        for agent in agents:
+            if agent.start_from is not None:
+                policy.load_adapter(agent.name, agent.start_from)
+        return policy
 
     @classmethod
     def from_folders(
@@ -117,7 +135,7 @@ class Policy:
         Raises:
             ModelError: the base or an adapter cannot be loaded.
         """
-        base, tokenizer, codec = load_base(base_model, device, dtype, trust_remote_code=False)
+        base, tokenizer, codec = load_base(base_model, device, dtype)
         model: PeftModel | None = None
         for agent, folder in folders.items():
             try:
@@ -154,6 +172,14 @@ class Policy:
         ends = list(ends) if isinstance(ends, list | tuple) else [ends]
         return frozenset(i for i in [*ends, self.tokenizer.eos_token_id] if isinstance(i, int))
 
+    def checkpoint_gradients(self) -> None:
+        """Keep no activations inside layers; the backward pass computes them again."""
+        base = _base_of(self.model)
+        base.activation_checkpointing_enable({"use_reentrant": False})
+        self._checkpointed = [
+            module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)
+        ]
+
     def hidden(self, ids_BT: Tensor, **inputs: Any) -> Tensor:
         """Last hidden states (B, T, H) of right-padded ids, under the adapters now in use.
 
@@ -183,7 +209,15 @@ class Policy:
                     yield
                 return
             self.model.set_adapter(_PREFIX + agent)
-            yield
+            # Layers checkpoint in train mode only: their own flag is set, while their parts stay in
+            # eval mode, which is how calls were sampled.
+            for layer in self._checkpointed:
+                layer.training = True
+            try:
+                yield
+            finally:
+                for layer in self._checkpointed:
+                    layer.training = False
 
     @contextlib.contextmanager
     def using_rows(self, agents: Sequence[str | None]) -> Iterator[None]:
@@ -252,12 +286,17 @@ class Policy:
 
 
 def load_base(
-    base_model: str, device: str, dtype: str, trust_remote_code: bool
+    base_model: str,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool = False,
+    quantization: Quantization = "none",
 ) -> tuple[PreTrainedModel, Any, TokenizerCodec]:
     """The frozen base model, its tokenizer and codec.
 
     Raises:
-        ModelError: nothing is found there, or its attention is not full attention.
+        ModelError: nothing is found there, its attention is not full attention, or what the
+            quantization needs is not installed.
     """
     if not base_model:
         raise ConfigError(
@@ -271,6 +310,8 @@ def load_base(
             "Qwen/Qwen2.5-0.5B-Instruct, or a folder with config.json and model.safetensors"
         )
     source = str(path) if path.is_dir() else base_model
+    target = PartialState().device if device == "auto" else torch.device(device)
+    more = {} if quantization == "none" else _quantized(quantization, dtype, target)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         base = AutoModelForCausalLM.from_pretrained(
@@ -279,6 +320,7 @@ def load_base(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             attn_implementation="sdpa",
+            **more,
         )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -297,10 +339,25 @@ def load_base(
             f"base_model {base_model!r} has layers of kind {sorted(kinds)}; the local engine "
             "supports full attention"
         )
-    target = PartialState().device if device == "auto" else torch.device(device)
-    base.to(target)  # type: ignore[arg-type]
+    if not more:
+        base.to(target)  # type: ignore[arg-type]
     base.requires_grad_(False)
     return base, tokenizer, TokenizerCodec(tokenizer, context)
+
+
+def _quantized(quantization: Quantization, dtype: str, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` needs for a base in 4 bits (QLoRA's NF4, arXiv 2305.14314)."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"quantization {quantization} needs bitsandbytes: pip install 'marft-graph[quantize]'"
+        )
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+        bnb_4bit_use_double_quant=True,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def _base_of(model: PeftModel) -> PreTrainedModel:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from langchain_core.messages import (
@@ -18,14 +18,21 @@ from langchain_core.messages import (
     BaseMessage,
     ChatMessage,
     HumanMessage,
-    InvalidToolCall,
     SystemMessage,
-    ToolCall,
     ToolMessage,
 )
 from transformers import PreTrainedTokenizerBase
 
 from marft_graph.errors import ModelError
+from marft_graph.policy.template_habits import TemplateHabits, habits_of
+from marft_graph.policy.tool_formats import (
+    WrittenCall,
+    call_from_json,
+    detect_format,
+    langchain_calls,
+    reasoning_tags,
+    short_id,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,20 +42,35 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-_TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 # Private-use characters stand in for special tokens inside a message's text while the template is
 # rendered, so that text from data can never become a turn of its own.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _SENTINEL = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_NINE_LETTER_IDS = re.compile(r"length\s*!=\s*9")
 
 
 class TokenizerCodec:
-    """The `ChatCodec` of a Hugging Face tokenizer."""
+    """The `ChatCodec` of a Hugging Face tokenizer.
+
+    A parsed message carries the ids it was read from in `response_metadata["completion_ids"]`.
+    Where a later conversation's template writes the same text again, those ids are used as they
+    are: the new prompt then begins with the tokens already seen, however they were sampled.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context_length: int) -> None:
         self._tokenizer = tokenizer
         self._context_length = context_length
-        self._special = tuple(sorted(set(tokenizer.all_special_tokens), key=len, reverse=True))
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special}
+        special.update(tokenizer.all_special_tokens)
+        self._special = (_OPEN, *sorted(special, key=len, reverse=True))
+        self._special_pattern = re.compile("|".join(map(re.escape, self._special)))
+        # Once and for all: encoding special tokens as text changes a tokenizer that threads share.
+        self._as_text = [
+            tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True)
+            for token in self._special
+        ]
+        self._encode("")
         self._template: str | None = None
         if not tokenizer.chat_template:
             logger.warning(
@@ -56,6 +78,19 @@ class TokenizerCodec:
                 tokenizer.name_or_path or "the base model",
             )
             self._template = PLAIN_TEMPLATE
+        templates = self._template or tokenizer.chat_template
+        source = "\n".join(templates.values()) if isinstance(templates, Mapping) else templates
+        self._format = detect_format(source, [token.content for token in added])
+        self._reasoning = reasoning_tags(source)
+        self._wants_short_ids = bool(_NINE_LETTER_IDS.search(source))
+        markers = set(self._format.markers)
+        if self._reasoning is not None:
+            markers |= {self._reasoning.opening, self._reasoning.closing}
+        self._markers = frozenset(markers & special)
+        vocabulary = tokenizer.get_vocab()
+        self._silent_ids = frozenset(
+            vocabulary[token] for token in special - markers if token in vocabulary
+        )
 
     @property
     def context_length(self) -> int:
@@ -67,30 +102,34 @@ class TokenizerCodec:
     ) -> tuple[int, ...]:
         """Token ids of the conversation, ending where the assistant's turn begins.
 
-        Special tokens written inside a message's text are encoded as plain text.
+        Special tokens written inside a message's text, a tool call's arguments or a tool's schema
+        are encoded as plain text. A sampled message that the template cannot write, as its tool
+        calls are malformed or too many, is written as the model wrote it.
+
+        Raises:
+            ModelError: the template refuses the conversation.
         """
-        turns = [self._shielded(message_to_dict(message)) for message in messages]
+        schemas = self._shielded(list(tools))
+        turns = [self._turn(message, tools, as_written=True) for message in messages]
         try:
-            text = self._tokenizer.apply_chat_template(
-                turns,
-                tools=list(tools) or None,
-                add_generation_prompt=True,
-                tokenize=False,
-                chat_template=self._template,
-            )
-        except Exception as error:  # templates are programs: any jinja error may come out
-            raise ModelError(
-                f"the chat template of {self._tokenizer.name_or_path} cannot render a conversation "
-                f"with roles {[turn['role'] for turn in turns]}: {error}"
-            ) from error
+            text = self._apply(turns, schemas)
+        except Exception:  # noqa: BLE001 - templates are programs: any jinja error may come out
+            turns = [self._turn(message, tools, as_written=False) for message in messages]
+            try:
+                text = self._apply(turns, schemas)
+            except Exception as error:
+                raise ModelError(
+                    f"the chat template of {self._tokenizer.name_or_path} cannot render a "
+                    f"conversation with roles {[turn['role'] for turn in turns]}: {error}"
+                ) from error
         ids: list[int] = []
-        for part_index, part in enumerate(_SENTINEL.split(str(text))):
-            if part_index % 2:
-                part = self._special[int(part)]
-            ids += self._tokenizer.encode(
-                part, add_special_tokens=False, split_special_tokens=bool(part_index % 2)
-            )
-        return tuple(ids)
+        done = 0
+        for start, end, sampled in self._sampled_parts(text, messages, turns, schemas):
+            if start < done:
+                continue
+            ids += [*self._encode(text[done:start]), *sampled]
+            done = end
+        return (*ids, *self._encode(text[done:]))
 
     def parse(
         self,
@@ -99,37 +138,239 @@ class TokenizerCodec:
         stop: Sequence[str] = (),
         tools: Sequence[dict[str, Any]] = (),
     ) -> AIMessage:
-        """The message a completion stands for; tool calls are read only where tools were given."""
-        text = self.decode(completion_ids)
+        """The message a completion stands for.
+
+        Reasoning goes to `additional_kwargs["reasoning_content"]`, out of the content. Tool calls
+        are read only where tools were given, by the tokenizer's own response template if it has
+        one, else in the format that the chat template writes.
+        """
+        text = self._readable(completion_ids)
         cuts = [position for word in stop if (position := text.find(word)) >= 0]
+        declared = None if cuts else self._parse_as_declared(completion_ids, tools)
         if cuts:
             text = text[: min(cuts)]
-        if not tools or "<tool_call>" not in text:
-            return AIMessage(content=text)
-        calls: list[Any] = []
-        invalid: list[Any] = []
-        for match in _TOOL_CALL.finditer(text):
-            call = _parse_tool_call(match[1])
-            (calls if call["type"] == "tool_call" else invalid).append(call)
+        reasoning, content, written = declared or self._parse_text(text, tools)
+        salt = ",".join(map(str, completion_ids))
+        calls, invalid = langchain_calls(written, salt)
         return AIMessage(
-            content=_TOOL_CALL.sub("", text).strip(), tool_calls=calls, invalid_tool_calls=invalid
+            content=content,
+            tool_calls=calls,
+            invalid_tool_calls=invalid,
+            additional_kwargs={"reasoning_content": reasoning} if reasoning else {},
+            response_metadata={} if cuts else {"completion_ids": list(completion_ids)},
         )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _shielded(self, turn: dict[str, Any]) -> dict[str, Any]:
-        text = turn["content"]
-        for index, token in enumerate(self._special):
-            if token in text:
-                text = text.replace(token, f"{_OPEN}{index}{_CLOSE}")
-        return {**turn, "content": text}
+    def _parse_text(
+        self, text: str, tools: Sequence[dict[str, Any]]
+    ) -> tuple[str, str, list[WrittenCall]]:
+        """Reasoning, content and tool calls."""
+        reasoning, answer = self._without_reasoning(text)
+        return (reasoning, *(self._format.scan(answer, tools) if tools else (answer, [])))
+
+    def _without_reasoning(self, text: str) -> tuple[str, str]:
+        if self._reasoning is None:
+            return "", text
+        opened = self._habits.generation_prompt
+        is_open = opened.rfind(self._reasoning.opening) > opened.rfind(self._reasoning.closing)
+        return self._reasoning.split(text, is_open=is_open)
+
+    def _parse_as_declared(
+        self, ids: Sequence[int], tools: Sequence[dict[str, Any]]
+    ) -> tuple[str, str, list[WrittenCall]] | None:
+        """What the tokenizer's response template reads; None where it has none, or reads calls
+        though there are no tools.
+        """
+        if getattr(self._tokenizer, "response_template", None) is None:
+            return None
+        try:
+            answer = self._tokenizer.parse_response(
+                self._tokenizer.decode(list(ids), skip_special_tokens=False),
+                prefix=self._habits.generation_prompt,
+                tools=list(tools) or None,
+            )
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reasoning, content, written = self._parse_text(self._readable(ids), tools)
+            if tools and not written:
+                written, content = [WrittenCall(content, problem=f"{error}")], ""
+            return reasoning, content, written
+        calls = [
+            call_from_json(call.get("function", call), json.dumps(call, ensure_ascii=False))
+            for call in answer.get("tool_calls", ())
+        ]
+        if calls and not tools:
+            return None
+        reasoning = answer.get("reasoning_content") or answer.get("thinking") or ""
+        return str(reasoning), str(answer.get("content") or ""), calls
+
+    def _readable(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without the special tokens that mark neither calls nor reasoning."""
+        kept = [token for token in ids if token not in self._silent_ids]
+        return str(self._tokenizer.decode(kept, skip_special_tokens=False))
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part_index, part in enumerate(_SENTINEL.split(text)):
+            if part_index % 2:
+                ids += self._as_text[int(part)]
+            else:
+                ids += self._tokenizer.encode(
+                    part, add_special_tokens=False, split_special_tokens=False
+                )
+        return ids
+
+    def _apply(
+        self, turns: Sequence[dict[str, Any]], tools: Any, *, add_generation_prompt: bool = True
+    ) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                list(turns),
+                tools=tools or None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                chat_template=self._template,
+            )
+        )
+
+    def _sampled_parts(
+        self,
+        text: str,
+        messages: Sequence[BaseMessage],
+        turns: Sequence[dict[str, Any]],
+        tools: Any,
+    ) -> Iterator[tuple[int, int, list[int]]]:
+        """Where the text repeats a completion right after its prompt: begin, end and sampled ids.
+
+        A completion's end token counts only where the template writes the same.
+        """
+        sampled = {at: ids for at, message in enumerate(messages) if (ids := sampled_ids(message))}
+        begins = self._turn_begins(text, turns, tools, list(sampled)) if sampled else {}
+        for position, begin in begins.items():
+            ids = sampled[position]
+            bare = ids[:-1] if ids[-1] in self._silent_ids else ids
+            for candidate in (ids, bare):
+                written = str(self._tokenizer.decode(candidate, skip_special_tokens=False))
+                if text.startswith(written, begin):
+                    yield begin, begin + len(written), candidate
+                    break
+
+    def _turn_begins(
+        self, text: str, turns: Sequence[dict[str, Any]], tools: Any, wanted: Sequence[int]
+    ) -> dict[int, int]:
+        """Where the text goes on from the prompts of the wanted turns, as far as that is certain.
+
+        A generation prompt with a special token in it can only be the template's own: if there is
+        one for each turn of the assistant and one at the end, those are the places. Else the
+        wanted turns' prompts are rendered.
+        """
+        opening = self._habits.generation_prompt
+        if self._special_pattern.search(opening):
+            ends = [found.end() for found in re.finditer(re.escape(opening), text)]
+            spoken = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
+            if len(ends) == len(spoken) + 1:
+                begins = dict(zip(spoken, ends[:-1], strict=True))
+                return {at: begins[at] for at in wanted if at in begins}
+        begins = {}
+        for at in filter(None, wanted):
+            try:
+                prompt = self._apply(turns[:at], tools)
+            except Exception:  # noqa: BLE001 - the beginning is no conversation of its own
+                continue
+            if text.startswith(prompt):
+                begins[at] = len(prompt)
+        return begins
+
+    def _turn(
+        self, message: BaseMessage, tools: Sequence[dict[str, Any]], *, as_written: bool
+    ) -> dict[str, Any]:
+        """A message as the template gets it; `as_written` keeps calls that it could not write."""
+        turn = message_to_dict(message)
+        content = self._unwritable_text(message, tools) if as_written else None
+        if content is not None:
+            turn.pop("tool_calls", None)
+        turn = dict(self._shielded(turn))
+        if content is not None:
+            turn["content"] = self._shielded(content, allowed=self._markers)
+        for call in turn.get("tool_calls", ()):
+            if self._wants_short_ids:
+                call["id"] = nine_letters(call["id"])
+            if self._habits.arguments_as_text:
+                arguments = call["function"]["arguments"]
+                call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False)
+        if self._wants_short_ids and "tool_call_id" in turn:
+            turn["tool_call_id"] = nine_letters(turn["tool_call_id"])
+        return turn
+
+    def _unwritable_text(self, message: BaseMessage, tools: Sequence[dict[str, Any]]) -> str | None:
+        """What the model wrote after its reasoning, where only that can be shown of a message.
+
+        That is so where calls are malformed, or more than the template can write; not where the
+        app has changed the message since.
+        """
+        ids = sampled_ids(message)
+        if not ids or not isinstance(message, AIMessage):
+            return None
+        if not message.invalid_tool_calls and len(message.tool_calls) <= self._habits.most_calls:
+            return None
+        written = self.parse(ids, tools=tools or ({},))
+        if _said(written) != _said(message):
+            return None
+        return self._without_reasoning(self._readable(ids))[1]
+
+    @cached_property
+    def _habits(self) -> TemplateHabits:
+        return habits_of(self._apply)
+
+    def _shielded(self, value: Any, *, allowed: frozenset[str] = frozenset()) -> Any:
+        """The value with special tokens in its texts replaced by sentinels, save those allowed."""
+        if isinstance(value, str):
+            return self._special_pattern.sub(
+                lambda found: (
+                    found[0]
+                    if found[0] in allowed
+                    else f"{_OPEN}{self._special.index(found[0])}{_CLOSE}"
+                ),
+                value,
+            )
+        if isinstance(value, Mapping):
+            return {self._shielded(key): self._shielded(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._shielded(item) for item in value]
+        return value
+
+
+def sampled_ids(message: BaseMessage) -> list[int]:
+    """The token ids that `TokenizerCodec.parse` read a message from; none for other messages."""
+    ids = message.response_metadata.get("completion_ids")
+    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+        return []
+    return ids
+
+
+def _said(message: AIMessage) -> tuple[Any, ...]:
+    """What a message says, without the ids of its calls."""
+    calls = [(call["name"], call["args"]) for call in message.tool_calls]
+    return message.content, calls, [call["args"] for call in message.invalid_tool_calls]
+
+
+def nine_letters(call_id: str) -> str:
+    """The id of a tool call, or what stands for it where an id must be nine letters and digits.
+
+    >>> nine_letters("abcDEF123"), len(nine_letters("call_1"))
+    ('abcDEF123', 9)
+    """
+    return call_id if re.fullmatch("[A-Za-z0-9]{9}", call_id) else short_id(call_id)
 
 
 def message_to_dict(message: BaseMessage) -> dict[str, Any]:
     """A LangChain message in the role/content form that chat templates read."""
     turn: dict[str, Any] = {"role": _role(message), "content": message_text(message)}
+    reasoning = message.additional_kwargs.get("reasoning_content")
+    if isinstance(message, AIMessage) and isinstance(reasoning, str) and reasoning:
+        turn["reasoning_content"] = reasoning
     if isinstance(message, AIMessage) and message.tool_calls:
         turn["tool_calls"] = [
             {
@@ -180,18 +421,3 @@ def _role(message: BaseMessage) -> str:
         if isinstance(message, kind):
             return role
     raise ModelError(f"messages of type {message.type!r} cannot be rendered for the base model")
-
-
-def _parse_tool_call(text: str) -> ToolCall | InvalidToolCall:
-    call_id = f"call_{uuid.uuid5(uuid.NAMESPACE_OID, text).hex[:16]}"
-    try:
-        value = json.loads(text)
-        name, arguments = value["name"], value.get("arguments", value.get("parameters", {}))
-        if isinstance(name, str) and isinstance(arguments, Mapping):
-            return ToolCall(type="tool_call", id=call_id, name=name, args=dict(arguments))
-        problem = "a tool call is an object with a name and an object of arguments"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    return InvalidToolCall(
-        type="invalid_tool_call", id=call_id, name=None, args=text, error=problem
-    )

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, BaseMessage
 from pydantic import BaseModel, ValidationError
 
 from marft_graph.engine.base import (
@@ -19,6 +20,7 @@ from marft_graph.engine.base import (
     SamplingSettings,
 )
 from marft_graph.errors import PromptTooLongError
+from marft_graph.policy.tool_formats import fresh_id
 from marft_graph.rollout.intercept import InterceptedCall
 
 
@@ -77,7 +79,9 @@ def message_for(
     call: InterceptedCall, codec: ChatCodec, request: GenerationRequest, completion: Completion
 ) -> AIMessage:
     """The message that the app gets for a completion."""
-    message = codec.parse(completion.ids, stop=call.stop, tools=call.tools)
+    message = _with_new_call_ids(
+        codec.parse(completion.ids, stop=call.stop, tools=call.tools), call.messages
+    )
     read, written = len(request.prompt_ids), len(completion.ids)
     reason = "tool_calls" if message.tool_calls else completion.finish_reason
     extra = dict(message.additional_kwargs)
@@ -103,6 +107,30 @@ def message_for(
     )
 
 
+def _with_new_call_ids(message: AIMessage, earlier: Sequence[BaseMessage]) -> AIMessage:
+    """The message with ids of its tool calls that the conversation does not have yet.
+
+    A model that writes the same call twice would otherwise seem to have its result already.
+    """
+    taken = {
+        call["id"] or ""
+        for before in earlier
+        if isinstance(before, AIMessage)
+        for call in (*before.tool_calls, *before.invalid_tool_calls)
+    }
+    if not taken:
+        return message
+    return message.model_copy(
+        update={
+            kind: [{**call, "id": fresh_id(call["id"] or "", taken)} for call in calls]
+            for kind, calls in (
+                ("tool_calls", message.tool_calls),
+                ("invalid_tool_calls", message.invalid_tool_calls),
+            )
+        }
+    )
+
+
 def structured_answer(text: str, response_format: Any) -> Any:
     """What OpenAI models put into `parsed`: the answer's JSON, validated; None where it is invalid.
 
@@ -122,5 +150,5 @@ def structured_answer(text: str, response_format: Any) -> Any:
         return None
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

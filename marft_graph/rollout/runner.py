@@ -60,6 +60,7 @@ def run_episodes(
     engine: Engine,
     reward: Rewards | None = None,
     nodes: Sequence[str] | None = None,
+    adapters: Mapping[str, str] | None = None,
     inputs: InputFunction | None = None,
     seed: int = 0,
     group_size: int = 1,
@@ -83,6 +84,8 @@ def run_episodes(
             nodes emit counts.
         nodes: nodes to train, as agent paths; none: every node that calls a model. Other nodes keep
             their own model.
+        adapters: name of the agent that answers a node, where it is not the node's own: nodes with
+            one name share its adapter.
         inputs: makes the graph's input from an example, where its keys do not fit.
         seed: with the same seed, app and engine, the episodes are the same.
         group_size: episodes of each example.
@@ -113,6 +116,7 @@ def run_episodes(
         engine=engine,
         reward=None if reward is None else as_reward_function(reward),
         trained=_trained(app, nodes),
+        adapters=dict(adapters or {}),
         nodes=_node_names(app),
         shape=GraphShape.of(app),
         concurrency=concurrency,
@@ -204,6 +208,7 @@ class _Rollout:
     engine: Engine
     reward: RewardFunction | None
     trained: frozenset[str]
+    adapters: Mapping[str, str]
     nodes: frozenset[str]
     shape: GraphShape
     concurrency: int
@@ -261,7 +266,9 @@ class _Rollout:
     def agent_of(self, node: str) -> str | None:
         """Adapter of a node path, if the node is trained."""
         agent = agent_path(node)
-        return adapter_name(agent) if not self.trained or agent in self.trained else None
+        if self.trained and agent not in self.trained:
+            return None
+        return self.adapters.get(agent, adapter_name(agent))
 
 
 class _EpisodeRun:

@@ -96,8 +96,8 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
     return None
 
 
-def prune(run_dir: str | Path, keep: int) -> None:
-    """Delete all checkpoints older than the `keep`-th newest intact one.
+def prune(run_dir: str | Path, keep: int, best: int | None = None) -> None:
+    """Delete all checkpoints older than the `keep`-th newest intact one, but for the `best` step.
 
     Damaged ones do not count: one that cannot be read never pushes out one that can.
 
@@ -110,9 +110,9 @@ def prune(run_dir: str | Path, keep: int) -> None:
     kept = 0
     try:
         for path in _newest_first(Path(run_dir)):
-            if kept == keep:
+            if kept == keep and path.name != f"step_{best}":
                 shutil.rmtree(path)
-            elif _intact(path):
+            elif kept < keep and _intact(path):
                 kept += 1
         for path in _entries(Path(run_dir)):
             if _LEFTOVER.fullmatch(path.name):  # of a process that was killed while writing

@@ -10,7 +10,6 @@ from typing import Any
 from marft_graph.episode import Episode
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.graph.page import Overlay
-from marft_graph.names import adapter_name
 from marft_graph.run.curves import Curve, line_chart
 from marft_graph.run.tracking import read_metrics
 from marft_graph.run.trajectories import read_traces
@@ -25,7 +24,7 @@ def overlays(flex_mg: FlexMG, run_dir: Path) -> dict[str, Overlay]:
     rows = read_metrics(run_dir)
     found = {}
     for agent in flex_mg.agents:
-        name = adapter_name(agent)
+        name = flex_mg.adapter(agent)
         trained = [row for row in rows if name in row["agents"]]
         if trained:
             found[agent] = Overlay(_facts(agent, name, rows, trained), _chart(name, trained))

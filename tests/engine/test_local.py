@@ -14,13 +14,14 @@ from marft_graph.engine.local import LocalEngine, sample
 from marft_graph.errors import EngineError, PromptTooLongError
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.logprobs import token_logprobs
+from tests.support import make_agents
 
 AGENTS = ("reasoner", "actor")
 
 
 @pytest.fixture
 def policy(tiny_model: Path) -> Policy:
-    policy = Policy.load(str(tiny_model), AGENTS)
+    policy = Policy.load(str(tiny_model), make_agents(AGENTS, tiny_model))
     torch.manual_seed(1)
     for parameters in policy.adapter_parameters.values():
         for parameter in parameters:  # adapters that do something, and different things

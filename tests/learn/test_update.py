@@ -9,12 +9,14 @@ import pytest
 import torch
 from langchain_core.messages import HumanMessage
 
+from marft_graph.agents import agents_of
 from marft_graph.config import TrainConfig
 from marft_graph.engine.base import GenerationRequest, SamplingSettings
 from marft_graph.engine.local import LocalEngine
 from marft_graph.episode import Call, Episode
 from marft_graph.learn.update import Learner
 from marft_graph.policy.adapters import Policy
+from marft_graph.policy.team import Team
 
 AGENTS = ("reasoner", "actor")
 
@@ -53,8 +55,8 @@ def sampled_episodes(policy: Policy, count: int, temperature: float = 1.0) -> li
 
 def learner(model: Path, **settings: object) -> tuple[Policy, Learner]:
     config = TrainConfig(base_model=str(model), learning_rate=1e-2, **settings)
-    policy = Policy.load(str(model), AGENTS)
-    return policy, Learner(policy, config)
+    team = Team.load(agents_of(AGENTS, config), config)
+    return team.policies[0], Learner(team, config)
 
 
 def weights(policy: Policy, agent: str) -> list[torch.Tensor]:
@@ -171,3 +173,84 @@ def test_the_schedule_scales_the_step(tiny_model: Path) -> None:
         steps = [(b - a).abs().max() for a, b in zip(before, after, strict=True)]
         moved.append(max(steps))
     assert moved[1] / moved[0] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_memory_and_no_number(tiny_model: Path) -> None:
+    policy, plain = learner(tiny_model, advantage="group")
+    episodes = sampled_episodes(policy, 8)
+    plain.update(episodes, iteration=1)
+    other, checkpointed = learner(tiny_model, advantage="group", gradient_checkpointing=True)
+    checkpointed.update(episodes, iteration=1)
+    for agent in AGENTS:
+        for a, b in zip(weights(policy, agent), weights(other, agent), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert len(sampled_episodes(other, 2)) == 2  # the engine keeps its cache
+    assert not any(module.training for module in other.model.modules())
+
+
+def test_gradient_checkpointing_runs_layers_again_in_the_backward_pass(tiny_model: Path) -> None:
+    policy, own = learner(tiny_model, advantage="group", gradient_checkpointing=True)
+    episodes = sampled_episodes(policy, 4)
+    runs = 0
+
+    def count(*args: object) -> None:
+        nonlocal runs
+        runs += torch.is_grad_enabled()
+
+    layer = policy.model.get_base_model().get_decoder().layers[0].self_attn
+    layer.register_forward_hook(count)
+    own.update(episodes, iteration=1)
+    assert runs == 2 * len(AGENTS)  # once forward and once again, for each agent's one batch
+
+
+def test_bfloat16_bases_keep_adapters_and_their_moments_in_float32(tiny_model: Path) -> None:
+    policy, own = learner(tiny_model, advantage="group", dtype="bfloat16")
+    base = [p for n, p in policy.model.named_parameters() if "lora_" not in n]
+    assert {p.dtype for p in base} == {torch.bfloat16}
+    assert {p.dtype for p in policy.adapter_parameters["actor"]} == {torch.float32}
+    before = weights(policy, "actor")
+    stats = own.update(sampled_episodes(policy, 8), iteration=1)
+    assert not same(before, weights(policy, "actor"))
+    moments = own.optimizers["actor"].state_dict()["state"][0]
+    assert moments["exp_avg"].dtype == torch.float32
+    assert stats["actor"]["logprob_gap"] < 0.2  # bf16's own rounding
+
+
+def shifted(episodes: list[Episode], by: float) -> list[Episode]:
+    """Episodes of an engine whose log-probs are all off by the same number."""
+    return [
+        dataclasses.replace(
+            episode,
+            calls=tuple(
+                dataclasses.replace(call, logprobs=tuple(x - by for x in call.logprobs))
+                for call in episode.calls
+            ),
+        )
+        for episode in episodes
+    ]
+
+
+def test_importance_weights_correct_an_engine_whose_log_probs_differ(tiny_model: Path) -> None:
+    """weight = min(learner / engine, cap); the ratio to the learner's own figures is 1."""
+    policy, own = learner(tiny_model, advantage="group", importance_cap=2.0)
+    episodes = sampled_episodes(policy, 8)
+    seen: list[torch.Tensor] = []
+    score = own._score
+
+    def spy(*args: object, **kwargs: object) -> object:
+        batch = score(*args, **kwargs)  # type: ignore[arg-type]
+        seen.append(batch.importance_N)
+        return batch
+
+    own._score = spy  # type: ignore[method-assign]
+    stats = own.update(shifted(episodes, 0.3), iteration=1)
+    for weights_N in seen:
+        torch.testing.assert_close(
+            weights_N, torch.full_like(weights_N, 0.3).exp(), atol=1e-3, rtol=0
+        )
+    assert stats["actor"]["logprob_gap"] < 1e-4
+    seen.clear()
+    _, own = learner(tiny_model, advantage="group", importance_cap=2.0)
+    score, own._score = own._score, spy  # type: ignore[method-assign]
+    own.update(shifted(episodes, 3.0), iteration=1)
+    assert all(bool((weights_N == 2.0).all()) for weights_N in seen)

@@ -1,0 +1,87 @@
+"""All agents' policies: one `Policy` for each base model, however many agents stand on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from marft_graph.agents import Agent
+from marft_graph.config import TrainConfig
+from marft_graph.policy.adapters import Policy
+
+
+class Team:
+    """The agents of a run and the policies that hold their adapters.
+
+    Args:
+        policies: one for each base model, no agent in two of them.
+        agents: names of all agents, in the order in which they are listed everywhere.
+    """
+
+    def __init__(self, policies: Sequence[Policy], agents: Sequence[str]) -> None:
+        self.policies = tuple(policies)
+        self.agents = tuple(agents)
+        self._policy_of = {agent: policy for policy in policies for agent in policy.agents}
+
+    @classmethod
+    def load(cls, agents: Sequence[Agent], config: TrainConfig) -> Team:
+        """Load each base model once, with the adapters of its agents.
+
+        Raises:
+            ModelError, ConfigError: as in `Policy.load`.
+        """
+        by_base: dict[str, list[Agent]] = {}
+        for agent in agents:
+            by_base.setdefault(agent.base_model, []).append(agent)
+        policies = [
+            Policy.load(
+                base,
+                own,
+                device=config.device,
+                dtype=config.dtype,
+                quantization=config.quantization,
+                trust_remote_code=config.trust_remote_code,
+                seed=config.seed,
+            )
+            for base, own in by_base.items()
+        ]
+        if config.gradient_checkpointing:
+            for policy in policies:
+                policy.checkpoint_gradients()
+        return cls(policies, [agent.name for agent in agents])
+
+    @classmethod
+    def from_folders(
+        cls, folders: Mapping[str, tuple[str, Path]], *, device: str = "auto", dtype: str
+    ) -> Team:
+        """Adapters in PEFT format (agent -> base model and folder), for inference.
+
+        Raises:
+            ModelError: a base or an adapter cannot be loaded.
+        """
+        by_base: dict[str, dict[str, Path]] = {}
+        for agent, (base, folder) in folders.items():
+            by_base.setdefault(base, {})[agent] = folder
+        policies = [
+            Policy.from_folders(base, own, device=device, dtype=dtype)
+            for base, own in by_base.items()
+        ]
+        return cls(policies, list(folders))
+
+    def of(self, agent: str) -> Policy:
+        """The policy that holds an agent's adapter."""
+        return self._policy_of[agent]
+
+    def parameters(self, agent: str) -> list[nn.Parameter]:
+        """An agent's adapter weights."""
+        return self.of(agent).adapter_parameters[agent]
+
+    def weights(self) -> dict[str, list[torch.Tensor]]:
+        """A copy of every adapter's weights."""
+        return {
+            agent: [parameter.detach().clone() for parameter in self.parameters(agent)]
+            for agent in self.agents
+        }

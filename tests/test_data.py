@@ -1,0 +1,87 @@
+"""Training data: shuffled sequences, streams of every kind, positions that can be sought."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from datasets import Dataset, IterableDataset
+
+from marft_graph.data import as_examples, training_data
+from marft_graph.errors import DatasetError
+
+ROWS = [{"n": n} for n in range(5)]
+
+
+class Endless:
+    """An iterable that begins anew each time and never ends."""
+
+    def __iter__(self) -> Iterator[dict[str, int]]:
+        return ({"n": n} for n in itertools.count())
+
+
+def taken(dataset: object, count: int, seed: int = 0) -> list[int]:
+    return [example["n"] for example in training_data(dataset, seed).take(count)]
+
+
+def test_a_sequence_is_taken_in_shuffled_passes_that_follow_from_the_seed() -> None:
+    numbers = taken(ROWS, 15)
+    assert all(sorted(numbers[i : i + 5]) == [0, 1, 2, 3, 4] for i in (0, 5, 10))
+    assert numbers == taken(Dataset.from_list(ROWS), 15)
+    assert numbers != taken(ROWS, 15, seed=1)
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        lambda: (dict(row) for row in ROWS),
+        lambda: Dataset.from_list(ROWS).to_iterable_dataset(),
+        lambda: IterableDataset.from_generator(lambda: iter(ROWS)),
+        lambda: map(dict, ROWS),
+    ],
+    ids=["generator", "to_iterable_dataset", "from_generator", "map"],
+)
+def test_a_stream_is_taken_in_its_order_and_begun_again(stream) -> None:
+    assert taken(stream(), 12) == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+
+
+def test_an_endless_stream_is_read_only_as_far_as_needed() -> None:
+    assert taken(Endless(), 7) == list(range(7))
+
+
+@pytest.mark.parametrize("make", [lambda: ROWS, lambda: iter(ROWS), Endless])
+def test_seeking_gives_what_an_uninterrupted_run_would_have_taken(make) -> None:
+    whole = training_data(make(), 0)
+    first, rest = whole.take(7), whole.take(6)
+    resumed = training_data(make(), 0)
+    assert resumed.peek(2)  # looking does not move
+    resumed.seek(7)
+    assert resumed.position == 7
+    assert resumed.take(6) == rest
+    assert len(first) == 7
+
+
+def test_a_short_stream_is_not_repeated_to_be_looked_at() -> None:
+    data = training_data(iter(ROWS[:2]), 0)
+    assert data.peek(8) == ROWS[:2]
+    assert data.take(3) == [ROWS[0], ROWS[1], ROWS[0]]
+
+
+@pytest.mark.parametrize("empty", [[], iter([]), (x for x in ())])
+def test_empty_data_is_named(empty) -> None:
+    with pytest.raises(DatasetError, match="train_dataset is empty"):
+        training_data(empty, 0).take(1)
+
+
+def test_items_that_are_no_mappings_are_named() -> None:
+    with pytest.raises(DatasetError, match="holds str items"):
+        training_data(["a"], 0)
+    with pytest.raises(DatasetError, match="holds int items"):
+        training_data(iter([1]), 0).take(1)
+    with pytest.raises(DatasetError, match="is a int"):
+        training_data(3, 0)
+
+
+def test_held_out_streams_are_read_to_their_limit() -> None:
+    assert len(as_examples(Endless(), "eval_dataset", 3)) == 3
