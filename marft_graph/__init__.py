@@ -26,6 +26,7 @@ __all__ = [
     "Trainer",
     "bind",
     "compile_graph",
+    "emit_reward",
     "run_episodes",
 ]
 
@@ -41,6 +42,7 @@ _HOMES = {
     "Trainer": "trainer",
     "bind": "deploy.bind",
     "compile_graph": "graph.compile",
+    "emit_reward": "rollout.emit",
     "run_episodes": "rollout.runner",
 }
 
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from marft_graph.evaluation import Evaluation
     from marft_graph.graph.compile import compile_graph
     from marft_graph.graph.flex_mg import FlexMG
+    from marft_graph.rollout.emit import emit_reward
     from marft_graph.rollout.runner import run_episodes
     from marft_graph.trainer import Trainer
 

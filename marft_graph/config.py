@@ -139,6 +139,7 @@ class TrainConfig:
     )
     episode_timeout: float = setting(600.0, "deadline of one episode", unit="seconds", above=0)
     reward_timeout: float = setting(60.0, "deadline of one reward call", unit="seconds", above=0)
+    reward_concurrency: int = setting(64, "reward calls that run at once", at_least=1)
     max_failed_share: float = setting(
         0.5, "stop if a larger share of an iteration's episodes fails", at_least=0, at_most=1
     )

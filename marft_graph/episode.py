@@ -75,9 +75,11 @@ class Reward:
 
     outcome: float = 0.0
     nodes: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict, repr=False)
+    """What the reward was made from, by name, for the metrics; adds nothing to the reward."""
 
     def __post_init__(self) -> None:
-        for name, value in {"outcome": self.outcome, **self.nodes}.items():
+        for name, value in {"outcome": self.outcome, **self.nodes, **self.parts}.items():
             if isinstance(value, bool | int | float) and math.isfinite(value):
                 continue
             raise RewardError(f"reward for {name!r} is {value!r}; a reward is one finite number")
@@ -94,6 +96,8 @@ class Episode:
     """The team's reward."""
     node_rewards: Mapping[str, float] = field(default_factory=dict)
     """Own rewards by node path, as the reward function gave them (already in `Call.reward`)."""
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
+    """`Reward.parts`: the value of each reward function before its weight."""
     state: Any = None
     """Final state of the graph; None where the episode failed."""
     status: str = "ok"

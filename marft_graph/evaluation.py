@@ -22,7 +22,7 @@ from marft_graph.errors import EpisodesFailedError, ExportError, UnknownNodeErro
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
 from marft_graph.policy.team import Team
-from marft_graph.rollout.rewards import RewardFunction
+from marft_graph.rollout.rewards import Rewards
 from marft_graph.rollout.runner import run_episodes
 
 EVAL_SEED = 2**31 - 1
@@ -74,7 +74,7 @@ def evaluate_export(
     export_dir: str | Path,
     dataset: Any,
     *,
-    reward: RewardFunction,
+    reward: Rewards,
     config: TrainConfig,
     inputs: Callable[[Mapping[str, Any]], Any] | None = None,
     greedy: bool = False,
@@ -114,6 +114,7 @@ def evaluate_export(
             concurrency=config.concurrency,
             episode_timeout=config.episode_timeout,
             reward_timeout=config.reward_timeout,
+            reward_concurrency=config.reward_concurrency,
             temperature=config.temperature,
             max_new_tokens=manifest.max_new_tokens,
             greedy=greedy,

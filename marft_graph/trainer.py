@@ -43,7 +43,7 @@ from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.learn.groups import share_of_equal_groups, without_equal_groups
 from marft_graph.learn.update import Learner
 from marft_graph.policy.team import Team
-from marft_graph.rollout.rewards import RewardFunction
+from marft_graph.rollout.rewards import Rewards, as_reward_function, mean_parts
 from marft_graph.rollout.runner import check_examples, run_episodes
 from marft_graph.run.checkpoint import latest_checkpoint, prune, write_folder_atomically
 from marft_graph.run.folder import claim_run_folder, describe_run
@@ -63,6 +63,7 @@ _FREE_ON_RESUME = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "device",
+        "reward_concurrency",
         "max_recoveries",
         "early_stop",
         "load_best",
@@ -101,7 +102,8 @@ class Trainer:
             generator, any iterable), taken in its own order and begun again at its end.
             Keys that are input channels of the graph become its input.
         reward: `reward(example, final_state)`, sync or async: the team's outcome (a float), nodes'
-            own rewards (a dict by node), or both (`Reward`).
+            own rewards (a dict by node), or both (`Reward`). Several are added up, see
+            `marft_graph.rewards.combine`: a list of functions, or a dict of functions to weights.
         config: settings; a mapping of them will do.
         eval_dataset: held-out examples for evaluation.
         run_dir: where the run is written; default: the next free `runs/run-N`.
@@ -120,7 +122,7 @@ class Trainer:
         graph: Any,
         *,
         train_dataset: Any,
-        reward: RewardFunction,
+        reward: Rewards,
         config: TrainConfig | Mapping[str, Any],
         eval_dataset: Any = None,
         run_dir: str | Path | None = None,
@@ -134,7 +136,7 @@ class Trainer:
         )
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
         found = compile_graph(self.graph)
-        self._reward = reward
+        self._reward = as_reward_function(reward)
         self._inputs = inputs
         self._data = training_data(train_dataset, self.config.seed)
         shown = self._data.peek(_SHOWN_EXAMPLES)
@@ -279,7 +281,7 @@ class Trainer:
         path = self.run_dir / "traces" / f"iter_{self.iteration:06d}.parquet"
         write_traces(path, episodes, iteration=self.iteration, phase="train")
         returns = [episode.total_reward for episode in episodes if episode.ok]
-        row = {
+        row: dict[str, Any] = {
             "iteration": self.iteration,
             "episodes": len(episodes),
             "episodes_failed": len(episodes) - len(returns),
@@ -287,6 +289,7 @@ class Trainer:
             "failed_by_reason": failure_reasons(episodes),
             "return_mean": statistics.fmean(returns) if returns else None,
             "return_std": statistics.pstdev(returns) if returns else None,
+            **mean_parts(episodes),
             "zero_advantage_groups": share_of_equal_groups(episodes),
             "seconds_rollout": rolled_out - started,
             "seconds_update": updated - rolled_out,
@@ -341,6 +344,7 @@ class Trainer:
             concurrency=self.config.concurrency,
             episode_timeout=self.config.episode_timeout,
             reward_timeout=self.config.reward_timeout,
+            reward_concurrency=self.config.reward_concurrency,
             temperature=self.config.temperature,
             max_new_tokens=self.config.max_new_tokens,
             greedy=greedy,

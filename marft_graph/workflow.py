@@ -19,6 +19,7 @@ from langgraph.pregel import Pregel
 from marft_graph.config import read_yaml
 from marft_graph.errors import GraphError, WorkflowError
 from marft_graph.graph.compile import as_compiled
+from marft_graph.rollout.rewards import as_reward_function
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,8 @@ def _load_folder(path: Path) -> Workflow:
     functions = {}
     for name in ("load_data", "reward", "inputs"):
         function = getattr(task, name, None)
+        if name == "reward" and isinstance(function, list | tuple | dict):
+            function = as_reward_function(function)
         if function is not None and not callable(function):
             raise WorkflowError(f"{path / 'task.py'}: {name} must be a function")
         functions[name] = function

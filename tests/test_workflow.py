@@ -10,6 +10,7 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
 
 from marft_graph.errors import WorkflowError
+from marft_graph.rewards import CombinedReward
 from marft_graph.workflow import load_target
 
 APP = """
@@ -151,3 +152,15 @@ def test_two_workflows_with_files_of_the_same_name_do_not_mix(tmp_path: Path) ->
         (folder / "task.py").write_text(f"def reward(example, state):\n    return {name!r}\n")
         loaded.append(load_target(str(folder)))
     assert [w.reward({}, {}) for w in loaded if w.reward] == ["a", "b"]
+
+
+def test_a_task_may_list_several_rewards(app: Path, tmp_path: Path) -> None:
+    app.rename(tmp_path / "graph.py")
+    (tmp_path / "task.py").write_text(
+        "def correct(example, state):\n    return 1.0\n\n"
+        "def short(example, state):\n    return 0.5\n\n"
+        "reward = {correct: 1.0, short: 0.1}\n"
+    )
+    reward = load_target(str(tmp_path)).reward
+    assert isinstance(reward, CombinedReward)
+    assert [(part.name, part.weight) for part in reward.parts] == [("correct", 1.0), ("short", 0.1)]

@@ -101,6 +101,10 @@ class Responder(Protocol):
         """Entered while a thread waits for `future`."""
         return nullcontext()
 
+    def credit(self, namespace: str, amount: float) -> None:
+        """Take a reward that a task emits while it runs; by default nobody wants it."""
+        return
+
 
 @dataclass(slots=True)
 class _Run:
@@ -167,15 +171,41 @@ def _restore() -> None:
 
 def _route(metadata: Mapping[str, Any] | None) -> tuple[_Run, Mapping[str, Any], str] | None:
     """The run, metadata and adapter of a call; None where its own model shall answer."""
+    found = _find(metadata)
+    if found is None:
+        return None
+    run, known = found
+    agent = run.responder.agent_for(node_path(known["langgraph_checkpoint_ns"]))
+    return None if agent is None else (run, known, agent)
+
+
+def _find(metadata: Mapping[str, Any] | None) -> tuple[_Run, Mapping[str, Any]] | None:
+    """The run and metadata of the running node; None outside."""
     inherited = (var_child_runnable_config.get() or {}).get("metadata") or {}
     known = {**inherited, **(metadata or {})}
     # An explicit config tells more than a context, which a long-lived thread may have kept.
     run = _runs.get(known.get(RUN_KEY, "")) or _current.get()
-    namespace = known.get("langgraph_checkpoint_ns", "")
-    if run is None or not namespace:
+    if run is None or not known.get("langgraph_checkpoint_ns"):
         return None
-    agent = run.responder.agent_for(node_path(namespace))
-    return None if agent is None else (run, known, agent)
+    return run, known
+
+
+def running_task() -> tuple[Responder, str] | None:
+    """The run that the calling code is part of and its task's namespace; None outside a node.
+
+    Raises:
+        EpisodeTimeoutError: the run has ended.
+    """
+    found = _find(None)
+    if found is None:
+        return None
+    run, known = found
+    namespace = known["langgraph_checkpoint_ns"]
+    if not run.is_active:
+        raise EpisodeTimeoutError(
+            f"node {node_path(namespace)!r} emitted a reward after its run had ended"
+        )
+    return run.responder, namespace
 
 
 def _begin(

@@ -23,11 +23,13 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, BaseMessage
 
 from marft_graph.engine.base import Completion, Engine, GenerationRequest
-from marft_graph.errors import EpisodeTimeoutError, MarftError
+from marft_graph.errors import EpisodeTimeoutError, MarftError, RewardError
 from marft_graph.names import node_path
 from marft_graph.rollout.answers import message_for, request_for
+from marft_graph.rollout.emit import Emitted
 from marft_graph.rollout.intercept import InterceptedCall, Pending, Responder
 from marft_graph.rollout.quiescence import Quiescence
+from marft_graph.rollout.rewards import finite_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +168,8 @@ class EpisodeRecorder(Responder):
         timeout: float,
     ) -> None:
         self.calls: list[RecordedCall] = []
+        self.emitted: list[Emitted] = []
+        """Rewards that nodes emitted, those of failed attempts included."""
         self.fatal: MarftError | None = None
         """The first failure that is ours and not the app's; no `except` of the app hides it."""
         self._engine = engine
@@ -248,6 +252,21 @@ class EpisodeRecorder(Responder):
             return message
 
         return Pending(future, finish)
+
+    def credit(self, namespace: str, amount: float) -> None:
+        """Keep a reward that a task emits.
+
+        Raises:
+            RewardError: it is no finite number; the run stops, whatever the app catches.
+        """
+        try:
+            value = finite_number(amount, f"node {node_path(namespace)!r} emitted")
+        except RewardError as error:
+            self._note(error)
+            raise
+        entry = Emitted(namespace, value, self._watch.attempts(namespace))
+        with self._lock:
+            self.emitted.append(entry)
 
     def end(self) -> None:
         """Cancel what is still waiting; later calls are refused."""

@@ -18,11 +18,12 @@ from langgraph.pregel import Pregel
 
 from marft_graph.engine.base import Engine, SupportsGate
 from marft_graph.episode import Call, Episode, Reward
-from marft_graph.errors import EpisodeTimeoutError
+from marft_graph.errors import EpisodeTimeoutError, RewardError
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
 from marft_graph.names import adapter_name, agent_path
 from marft_graph.rollout.collector import fewer_collections
+from marft_graph.rollout.emit import shares
 from marft_graph.rollout.inputs import InputFunction, graph_inputs
 from marft_graph.rollout.intercept import intercepting
 from marft_graph.rollout.quiescence import Quiescence
@@ -33,8 +34,20 @@ from marft_graph.rollout.recorder import (
     readable,
     stable_seed,
 )
-from marft_graph.rollout.rewards import RewardFunction, call_reward
-from marft_graph.rollout.trace import CallMark, Event, GraphShape, trace_parents
+from marft_graph.rollout.rewards import (
+    RewardCalls,
+    RewardFunction,
+    Rewards,
+    as_reward_function,
+    shown,
+)
+from marft_graph.rollout.trace import (
+    CallMark,
+    Event,
+    GraphShape,
+    is_last_attempt,
+    trace_episode,
+)
 
 _WORKER_THREADS = 1024
 _CANCEL_SECONDS = 2.0
@@ -45,7 +58,7 @@ def run_episodes(
     examples: Iterable[Mapping[str, Any]],
     *,
     engine: Engine,
-    reward: RewardFunction | None = None,
+    reward: Rewards | None = None,
     nodes: Sequence[str] | None = None,
     adapters: Mapping[str, str] | None = None,
     inputs: InputFunction | None = None,
@@ -54,6 +67,7 @@ def run_episodes(
     concurrency: int = 256,
     episode_timeout: float = 600.0,
     reward_timeout: float = 60.0,
+    reward_concurrency: int = 64,
     temperature: float | None = None,
     max_new_tokens: int = 256,
     greedy: bool = False,
@@ -65,8 +79,9 @@ def run_episodes(
         graph: a compiled LangGraph app, which is not changed, or a StateGraph builder.
         examples: dicts; those keys that the graph's input has are handed to it.
         engine: answers the trained nodes' calls.
-        reward: `reward(example, state) -> float | dict[node, float] | Reward`, sync or async; none:
-            every reward is 0.
+        reward: `reward(example, state) -> float | dict[node, float] | Reward`, sync or async;
+            several, as a list or as a dict of functions to weights, are combined; none: only what
+            nodes emit counts.
         nodes: nodes to train, as agent paths; none: every node that calls a model. Other nodes keep
             their own model.
         adapters: name of the agent that answers a node, where it is not the node's own: nodes with
@@ -77,6 +92,7 @@ def run_episodes(
         concurrency: episodes that run at once.
         episode_timeout: seconds that an episode may take.
         reward_timeout: seconds that one reward may take.
+        reward_concurrency: reward functions that run at once; synchronous ones in worker threads.
         temperature: sampling temperature; none: what the app asks for, else 1.
         max_new_tokens: limit of a completion where the app sets none.
         greedy: sample at temperature 0, whatever else is set.
@@ -90,14 +106,15 @@ def run_episodes(
         GraphError: `graph` is no LangGraph app.
         UnknownNodeError: `nodes` names a node that the graph does not have.
         DatasetError: no examples, or an example without the graph's input keys.
-        RewardError: the reward function failed; the message shows the example.
+        RewardError: the reward function failed, or a node emitted what is no reward; the message
+            shows the example.
     """
     app = as_compiled(graph)
     listed, graph_values = graph_inputs(app, examples, inputs)
     rollout = _Rollout(
         graph=app,
         engine=engine,
-        reward=reward,
+        reward=None if reward is None else as_reward_function(reward),
         trained=_trained(app, nodes),
         adapters=dict(adapters or {}),
         nodes=_node_names(app),
@@ -105,6 +122,7 @@ def run_episodes(
         concurrency=concurrency,
         episode_timeout=episode_timeout,
         reward_timeout=reward_timeout,
+        reward_concurrency=reward_concurrency,
         temperature=0.0 if greedy else temperature,
         max_new_tokens=max_new_tokens,
         on_episode=on_episode,
@@ -196,13 +214,15 @@ class _Rollout:
     concurrency: int
     episode_timeout: float
     reward_timeout: float
+    reward_concurrency: int
     temperature: float | None
     max_new_tokens: int
     on_episode: Callable[[Episode], None] | None
 
     def run(self, plans: Sequence[_Plan]) -> list[Episode]:
         """Run all episodes on an event loop of their own."""
-        quiescence = Quiescence(min(_WORKER_THREADS, 4 * self.concurrency))
+        threads = 4 * self.concurrency + self.reward_concurrency
+        quiescence = Quiescence(min(_WORKER_THREADS, threads))
         gated = self.engine if isinstance(self.engine, SupportsGate) else None
         if gated is not None:
             gated.use_gate(quiescence)
@@ -218,17 +238,20 @@ class _Rollout:
 
     async def _all(self, plans: Sequence[_Plan], quiescence: Quiescence) -> list[Episode]:
         places = asyncio.Semaphore(self.concurrency)
+        rewards = RewardCalls(
+            quiescence.workers, timeout=self.reward_timeout, concurrency=self.reward_concurrency
+        )
 
         async def one(plan: _Plan) -> Episode:
             async with places:
-                episode = await self._episode(plan, quiescence)
+                episode = await self._episode(plan, quiescence, rewards)
             if self.on_episode is not None:
                 self.on_episode(episode)
             return episode
 
         return await asyncio.gather(*(one(plan) for plan in plans))
 
-    async def _episode(self, plan: _Plan, quiescence: Quiescence) -> Episode:
+    async def _episode(self, plan: _Plan, quiescence: Quiescence, rewards: RewardCalls) -> Episode:
         started = time.monotonic()
         run = _EpisodeRun(self, plan, quiescence)
         await run.play()
@@ -236,13 +259,7 @@ class _Rollout:
         if episode.ok and self.reward is not None:
             named = self.nodes | {c.node for c in episode.calls}
             named |= {agent_path(call.node) for call in episode.calls}
-            reward = await call_reward(
-                self.reward,
-                plan.example,
-                episode.state,
-                nodes=named,
-                timeout=self.reward_timeout,
-            )
+            reward = await rewards.call(self.reward, plan.example, episode.state, nodes=named)
             episode = with_reward(episode, reward)
         return replace(episode, seconds=time.monotonic() - started)
 
@@ -318,19 +335,35 @@ class _EpisodeRun:
                 self._is_interrupted = True
 
     def episode(self) -> Episode:
-        """What is left of the run."""
+        """What is left of the run.
+
+        Raises:
+            RewardError: a node emitted what is no reward.
+        """
         status, error = self._outcome()
         attempts = dict(self._watch.attempts())
         recorded = self._recorder.calls.copy()
         marks = [_mark(call) for call in recorded]
-        ordered = trace_parents(self._events, marks, self._rollout.shape, attempts)
+        emitted = [e for e in self._recorder.emitted if is_last_attempt(e.attempts, attempts)]
+        emitted = emitted if status == "ok" else []
+        trace = trace_episode(
+            self._events, marks, self._rollout.shape, attempts, {e.namespace for e in emitted}
+        )
         calls = [
             _call(recorded[position], index, parents)
-            for index, (position, parents) in enumerate(ordered)
+            for index, (position, parents) in enumerate(trace.order)
         ]
+        if emitted:
+            namespaces = [marks[position].namespace for position, _ in trace.order]
+            parents_of = [parents for _, parents in trace.order]
+            own, unclaimed = shares(emitted, namespaces, parents_of, trace.inputs)
+            calls = [replace(c, reward=r) for c, r in zip(calls, own, strict=True)]
+        else:
+            unclaimed = 0.0
         return Episode(
             example=self._plan.example,
             calls=tuple(calls),
+            outcome_reward=unclaimed,
             state=self._state if status == "ok" else None,
             status=status,
             error=error,
@@ -340,6 +373,8 @@ class _EpisodeRun:
 
     def _outcome(self) -> tuple[str, str]:
         error = self._error
+        if isinstance(self._recorder.fatal, RewardError):
+            raise RewardError(f"{self._recorder.fatal}, on example {shown(self._plan.example)}")
         if isinstance(error, EpisodeTimeoutError):
             return "failed: timeout", str(error)
         error = self._recorder.fatal or error
@@ -400,8 +435,9 @@ def with_reward(episode: Episode, reward: Reward) -> Episode:
     return replace(
         episode,
         calls=tuple(calls),
-        outcome_reward=reward.outcome,
+        outcome_reward=episode.outcome_reward + reward.outcome,
         node_rewards=dict(reward.nodes),
+        reward_parts=dict(reward.parts),
     )
 
 

@@ -57,6 +57,16 @@ class CallMark:
 
 
 @dataclass(frozen=True, slots=True)
+class Trace:
+    """What an episode's events tell of its calls."""
+
+    order: list[tuple[int, tuple[int, ...]]]
+    """As `trace_parents` returns it."""
+    inputs: Mapping[str, tuple[int, ...]]
+    """Positions in `order` of the calls that a task's input depends on, by the task's namespace."""
+
+
+@dataclass(frozen=True, slots=True)
 class GraphShape:
     """What a compiled graph says of its channels and nodes."""
 
@@ -117,16 +127,38 @@ def trace_parents(
         Pairs of a position in `calls` and the parents, which are positions in the returned list,
         ascending. Among calls that are free to go first, the smallest `key` does.
     """
+    return trace_episode(events, calls, shape, attempts).order
+
+
+def trace_episode(
+    events: Sequence[Event],
+    calls: Sequence[CallMark],
+    shape: GraphShape,
+    attempts: Mapping[str, int] | None = None,
+    tasks: Iterable[str] = (),
+) -> Trace:
+    """The same, and what the inputs of some tasks, given by their namespaces, depend on."""
     last = attempts or {}
-    kept = [
-        index
-        for index, call in enumerate(calls)
-        if all(attempt >= last.get(namespace, 1) for namespace, attempt in call.attempts)
-    ]
+    kept = [index for index, call in enumerate(calls) if is_last_attempt(call.attempts, last)]
     tracer = _Tracer(calls, kept, shape)
     for event in events:
         tracer.see(event)
-    return _in_order(kept, tracer.finished(), calls)
+    order = _in_order(kept, tracer.finished(), calls)
+    position = {index: place for place, (index, _) in enumerate(order)}
+    inputs = {
+        namespace: tuple(sorted(position[index] for index in tracer.input_of(namespace)))
+        for namespace in tasks
+    }
+    return Trace(order, inputs)
+
+
+def is_last_attempt(attempts: Iterable[tuple[str, int]], last: Mapping[str, int]) -> bool:
+    """Whether no task around something has begun again since.
+
+    >>> is_last_attempt([("actor:1f-a", 1)], {"actor:1f-a": 2})
+    False
+    """
+    return all(attempt >= last.get(namespace, 1) for namespace, attempt in attempts)
 
 
 def _in_order(
@@ -274,6 +306,11 @@ class _Tracer:
                 task = self._around(call.namespace.split("|"))
                 self.parents[index] = task.known_at(call.begun, self) if task else _NONE
         return self.parents
+
+    def input_of(self, namespace: str) -> Calls:
+        """What the input of a task depends on, or of the innermost task around it that is known."""
+        task = self._around(namespace.split("|"))
+        return _NONE if task is None else task.known
 
     def _run(self, namespace: tuple[str, ...]) -> _Run:
         if namespace not in self._runs:

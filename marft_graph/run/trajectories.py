@@ -34,6 +34,7 @@ _SCHEMA = pa.schema(
         ("error", pa.string()),
         ("outcome_reward", pa.float64()),
         ("node_rewards", pa.string()),  # JSON
+        ("reward_parts", pa.string()),  # JSON
         ("example", pa.string()),  # JSON
         ("episode_seconds", pa.float64()),
         # The call; an episode without calls has one row with index -1 and nothing here
@@ -56,6 +57,7 @@ _SCHEMA = pa.schema(
         ("seconds", pa.float64()),
     ]
 )
+_NEEDED = tuple(name for name in _SCHEMA.names if name != "reward_parts")  # 0.1.0 had none
 _CALL_FIELDS = tuple(_SCHEMA.names[_SCHEMA.names.index("agent") :])
 
 
@@ -103,7 +105,7 @@ def read_traces(path: str | Path) -> list[Episode]:
         table = pq.read_table(path, partitioning=None)
     except (OSError, pa.ArrowException) as error:
         raise CheckpointError(f"cannot read traces from {path}: {error}") from error
-    missing = [name for name in _SCHEMA.names if name not in table.column_names]
+    missing = [name for name in _NEEDED if name not in table.column_names]
     if missing:
         raise CheckpointError(f"{path} holds no traces: it has no column {', '.join(missing)}")
     by_episode: dict[int, list[dict[str, Any]]] = {}
@@ -138,6 +140,7 @@ def _rows(episode: Episode, number: int, iteration: int, phase: Phase) -> list[d
         "error": _utf8(episode.error),
         "outcome_reward": float(episode.outcome_reward),
         "node_rewards": to_json(episode.node_rewards),
+        "reward_parts": to_json(episode.reward_parts),
         "example": to_json(episode.example),
         "episode_seconds": episode.seconds,
     }
@@ -159,6 +162,7 @@ def _episode(rows: Sequence[Mapping[str, Any]]) -> Episode:
         calls=tuple(_call(row) for row in rows if row["index"] >= 0),
         outcome_reward=first["outcome_reward"],
         node_rewards=json.loads(first["node_rewards"]),
+        reward_parts=json.loads(first.get("reward_parts") or "{}"),
         status=first["status"],
         error=first["error"],
         seed=first["episode_seed"],

@@ -45,6 +45,7 @@ EPISODES = [
         calls=(call(0), call(1)),
         outcome_reward=1.0,
         node_rewards={"Bull Researcher": 0.25},
+        reward_parts={"correct": 1.0, "brevity": -0.5},
         seed=2**63 - 1,
         example_index=3,
         seconds=1.5,
