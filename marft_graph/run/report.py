@@ -168,6 +168,20 @@ def _curves(trained: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[
             ],
         )
     ]
+    parts = list(dict.fromkeys(name for row in trained for name in row.get("rewards") or {}))
+    rewards = [
+        Curve(
+            name,
+            [
+                (row["iteration"], row["rewards"][name])
+                for row in trained
+                if name in (row.get("rewards") or {})
+            ],
+        )
+        for name in parts
+    ]
+    if rewards:
+        charts.append(line_chart("Rewards", rewards))
     agents = sorted({agent for row in trained for agent in row["agents"]})
     for name, title in (
         ("kl", "KL to the base (nats per token)"),
@@ -175,6 +189,10 @@ def _curves(trained: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[
         ("clip_fraction", "Clipped ratios"),
         ("loss_policy", "Policy loss"),
         ("return_mean", "Return of the agent's calls"),
+        ("explained_variance", "Variance of returns that the critic explains"),
+        ("distinct_share", "Distinct completions"),
+        ("truncated_share", "Truncated completions"),
+        ("grad_norm", "Norm of the gradient before clipping"),
     ):
         curves = [
             Curve(
@@ -210,6 +228,20 @@ def _spending(rows: Sequence[Mapping[str, Any]]) -> str:
         f"<tr><th>rollout</th><td>{rollout:.1f} s, "
         f"{tokens / max(rollout, 1e-9):.0f} tokens/s</td></tr>"
         f"<tr><th>update</th><td>{update:.1f} s</td></tr></table>"
+    )
+
+
+def _collapses(rows: Sequence[Mapping[str, Any]]) -> str:
+    found = [row for row in rows if row.get("collapsed")]
+    if not found:
+        return ""
+    lines = "".join(
+        f"<tr><td>{row['iteration']}</td><td>{html.escape(row['collapsed'])}</td></tr>"
+        for row in found
+    )
+    return (
+        "<h2>Collapses</h2><p>After each, the last good checkpoint was put back with lower "
+        f"learning rates.</p><table><tr><th>iteration</th><th>what was wrong</th></tr>{lines}</table>"
     )
 
 

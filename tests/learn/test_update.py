@@ -14,6 +14,7 @@ from marft_graph.config import TrainConfig
 from marft_graph.engine.base import GenerationRequest, SamplingSettings
 from marft_graph.engine.local import LocalEngine
 from marft_graph.episode import Call, Episode
+from marft_graph.errors import ModelError
 from marft_graph.learn.update import Learner
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.team import Team
@@ -254,3 +255,22 @@ def test_importance_weights_correct_an_engine_whose_log_probs_differ(tiny_model:
     score, own._score = own._score, spy  # type: ignore[method-assign]
     own.update(shifted(episodes, 3.0), iteration=1)
     assert all(bool((weights_N == 2.0).all()) for weights_N in seen)
+
+
+def test_a_base_in_four_bits_carries_adapters_that_learn(tiny_model: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra `quantize` is not installed")
+    policy, own = learner(tiny_model, advantage="group", quantization="4bit", device="cpu")
+    kinds = {type(module).__name__ for module in policy.model.modules()}
+    assert "Linear4bit" in kinds
+    before = weights(policy, "actor")
+    stats = own.update(sampled_episodes(policy, 8), iteration=1)
+    assert not same(before, weights(policy, "actor"))
+    assert stats["actor"]["logprob_gap"] < 1e-4
+
+
+def test_a_base_in_four_bits_without_the_extra_says_what_to_install(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install 'marft-graph\[quantize\]'"):
+        learner(tiny_model, quantization="4bit")
