@@ -54,6 +54,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 """What each method changes in a workflow's own settings; group is those settings."""
+OWN = "the workflow's own settings (`advantage: group`)"
+COMMAND = "make benchmark-learning LEARNING_ARGS=--publish"
 COMPARED = ("group", "reasoner-alone", "actor-alone", "shared-adapter")
 COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#0891b2", "#dc2626")
 
@@ -321,18 +323,45 @@ def write(out: Path, *, publish: bool) -> None:
     """Figures of every finished run in a folder."""
     paths = sorted(out.glob("*/*/seed_*/result.json"))
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    text = table(results)
-    print(text)
-    docs = ROOT / "docs"
+    print(table(results))
     places = [(out, out / "learning.png")]
     if publish:
+        docs = ROOT / "docs"
         places.append((docs / "benchmarks", docs / "images" / "learning_benchmark.png"))
     for folder, picture in places:
         folder.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(result) for result in results)
         (folder / "learning.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        (folder / "learning_table.md").write_text(f"{text}\n", encoding="utf-8")
         plot(results, picture)
+        (folder / "learning.md").write_text(page(results, picture, folder), encoding="utf-8")
+
+
+def page(results: Sequence[Mapping[str, Any]], picture: Path, folder: Path) -> str:
+    """The table and the plot with what is needed to read and to repeat them, as Markdown."""
+    image = os.path.relpath(picture, folder)
+    methods = [
+        f"- `{method}`: " + (", ".join(f"`{k}: {v}`" for k, v in METHODS[method].items()) or OWN)
+        for method in METHODS
+        if any(result["method"] == method for result in results)
+    ]
+    lengths = ", ".join(f"{count} ({name})" for name, count in ITERATIONS.items())
+    return f"""# How fast each method learns each workflow
+
+Made by `{COMMAND}`; all figures are in [learning.json](learning.json).
+
+{table(results)}
+
+![Held-out return over episodes and over seconds of training]({image})
+
+The lines are means over seeds, the bands reach from the worst seed to the best. A run has the
+settings of the workflow's `config.yaml` with an evaluation every {EVAL_EVERY} iterations, of which
+there are {lengths}. What a method changes:
+
+{chr(10).join(methods)}
+
+Seconds are those of rollouts and updates, each run on one thread. Episodes and seconds to {GOAL}
+are means over the seeds that reached it in an evaluation.
+"""
 
 
 if __name__ == "__main__":
