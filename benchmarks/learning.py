@@ -33,13 +33,14 @@ from marft_graph import TrainConfig, Trainer
 from marft_graph.engine.base import GenerationRequest, SamplingSettings
 from marft_graph.engine.local import LocalEngine
 from marft_graph.policy.adapters import Policy
+from marft_graph.run.checkpoint import latest_checkpoint
 from marft_graph.run.tracking import read_evaluations, read_metrics
 from marft_graph.workflow import load_module, load_target
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = ("math_duo", "math_trio", "debate", "router")
 GOAL = 0.85
-ITERATIONS = {"math_duo": 35, "math_trio": 20, "debate": 15, "router": 10}
+ITERATIONS = {"math_duo": 35, "math_trio": 20, "debate": 20, "router": 10}
 EVAL_EVERY = {"math_duo": 5, "math_trio": 4, "debate": 3, "router": 2}
 """Few, so that the whole takes an hour; enough for the default method to level off."""
 METHODS: dict[str, dict[str, Any]] = {
@@ -77,7 +78,6 @@ class Run:
         measured = {
             "iterations": iterations or ITERATIONS[self.workflow],
             "eval_every": EVAL_EVERY[self.workflow],
-            "checkpoint_every": 0,
             "seed": self.seed,
         }
         return own | METHODS[self.method] | measured
@@ -131,7 +131,7 @@ class BaseAnswers(BaseChatModel):
 
 
 def measure(run: Run, out: Path, iterations: int | None) -> dict[str, Any]:
-    """The figures of a run, which is made unless it was finished before.
+    """The figures of a run, which is made or continued unless it was finished before.
 
     Raises:
         SystemExit: the folder holds the run with other settings.
@@ -139,13 +139,16 @@ def measure(run: Run, out: Path, iterations: int | None) -> dict[str, Any]:
     path = run.folder(out) / "result.json"
     settings = run.settings(iterations)
     base_model = settings.pop("base_model")
+    unrecorded = {"base_model": base_model, "checkpoint_every": settings["eval_every"]}
     if path.is_file():
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if known["settings"] != settings:
-            raise SystemExit(
-                f"{path} was made with other settings: remove it or take another --out"
-            )
-        return known
+        if known["settings"] == settings:
+            return known
+        longer = settings["iterations"] > known["settings"]["iterations"]
+        if not longer or known["settings"] | {"iterations": settings["iterations"]} != settings:
+            raise SystemExit(f"{path} has other settings: remove it or take another --out")
+    run_dir = run.folder(out) / "run"
+    resume = run_dir.is_dir() and latest_checkpoint(run_dir) is not None
     torch.set_num_threads(1)
     target = load_target(str(ROOT / "workflows" / run.workflow))
     assert target.load_data is not None  # the workflows are ours
@@ -156,14 +159,15 @@ def measure(run: Run, out: Path, iterations: int | None) -> dict[str, Any]:
         train_dataset=train_data,
         eval_dataset=held_out,
         reward=target.reward,
-        config=TrainConfig.from_mapping(settings | {"base_model": base_model}),
-        run_dir=run.folder(out) / "run",
-        overwrite=True,  # what an interrupted benchmark left
+        config=TrainConfig.from_mapping(settings | unrecorded),
+        run_dir=run_dir,
+        resume=resume,
+        overwrite=not resume,  # what was interrupted before its first checkpoint
     ) as trainer:
         trainer.train(progress=False)
     result = dataclasses.asdict(run) | {
         "settings": settings,
-        "evaluations": evaluations(run.folder(out) / "run"),
+        "evaluations": evaluations(run_dir),
     }
     staging = path.with_suffix(".writing")
     staging.write_text(json.dumps(result), encoding="utf-8")
