@@ -40,6 +40,7 @@ from marft_graph.workflow import load_module, load_target
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = ("math_duo", "math_trio", "debate", "router")
 GOAL = 0.85
+SEEDS = 5
 ITERATIONS = {"math_duo": 35, "math_trio": 20, "debate": 20, "router": 10}
 EVAL_EVERY = {"math_duo": 5, "math_trio": 4, "debate": 3, "router": 2}
 """Few, so that the whole takes an hour; enough for the default method to level off."""
@@ -294,7 +295,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and figures")
     parser.add_argument("--workflows", nargs="+", default=WORKFLOWS, choices=WORKFLOWS)
     parser.add_argument("--methods", nargs="+", default=tuple(METHODS)[:3], choices=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=5, help="train with seeds 0 to N - 1")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="train with seeds 0 to N - 1")
     parser.add_argument("--iterations", type=int, help="of every run (default: of its workflow)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
     parser.add_argument(
@@ -349,6 +350,11 @@ def page(results: Sequence[Mapping[str, Any]], picture: Path, folder: Path) -> s
         f"{count} on {name} (evaluated every {EVAL_EVERY[name]})"
         for name, count in ITERATIONS.items()
     )
+    groups = grouped(results)
+    counts = {
+        pair: len(groups.get(pair, ())) for pair in itertools.product(WORKFLOWS, tuple(METHODS)[:3])
+    }
+    lacking = [f"{w} {m} ({n} of {SEEDS} seeds)" for (w, m), n in counts.items() if n < SEEDS]
     return f"""# How fast each method learns each workflow
 
 Made by `{COMMAND}`; all figures are in [learning.json](learning.json).
@@ -362,8 +368,11 @@ settings of the workflow's `config.yaml`. Iterations: {lengths}. What a method c
 
 {chr(10).join(methods)}
 
-Seconds are those of rollouts and updates, each run on one thread. Episodes and seconds to {GOAL}
-are means over the seeds that reached it in an evaluation.
+Seconds are those of rollouts and updates, each run on one thread; where other work shares the
+machine they are an upper bound. Episodes and seconds to {GOAL} are means over the seeds that
+reached it in an evaluation.
+
+Incomplete: {", ".join(lacking) or "nothing"}.
 """
 
 
