@@ -12,11 +12,13 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # Extra arguments for pytest, for example: make test PYTEST_ARGS="-k trace"
 PYTEST_ARGS ?=
+# Extra options of the benchmark, for example: make benchmark-learning LEARNING_ARGS="--compare"
+LEARNING_ARGS ?=
 
-.PHONY: help setup demo test browser-test check format clean
+.PHONY: help setup demo test browser-test benchmark-learning check format clean
 
 help:  ## show this help
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo
 	@echo "Variables: RUN_DIR=DIR (demo), PYTEST_ARGS=... (test), PYTHON=... and TORCH_INDEX=URL (set-up)"
 
@@ -65,6 +67,10 @@ browser-test: $(INSTALLED)  ## install a browser where there is none, and test t
 	  || { apt-get install -y -q chromium >/dev/null 2>&1 && echo "Installed chromium"; } \
 	  || $(BIN)/playwright install chromium
 	@$(BIN)/python -m pytest tests/graph/test_page.py $(PYTEST_ARGS)
+
+# Continues where it was interrupted; LEARNING_ARGS takes --seeds, --methods and so on (see --help).
+benchmark-learning: $(INSTALLED)  ## every method on every workflow over five seeds, into runs/learning (an hour)
+	@$(BIN)/python benchmarks/learning.py --out runs/learning $(LEARNING_ARGS)
 
 check: $(INSTALLED)  ## lint, format and strict types, changing nothing
 	$(BIN)/ruff check .

@@ -12,8 +12,12 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from workflows.debate.graph import DEBATER_PROMPT, JUDGE_PROMPT
 from workflows.math_duo.graph import ACTOR_PROMPT, REASONER_PROMPT
 from workflows.math_duo.task import calculations, story
+from workflows.math_trio.graph import VERIFIER_PROMPT
+from workflows.router.graph import ROUTER_PROMPT, SPECIALIST_PROMPTS
+from workflows.router.task import KINDS, WORDS, sum_request, word_request
 
 Conversation = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 """Messages in role/content form, and tool schemas."""
@@ -42,27 +46,6 @@ ONES = [
 ]
 TENS = {2: "twenty", 3: "thirty"}
 CALCULATIONS = calculations()
-WORDS = [
-    "cat",
-    "dog",
-    "sun",
-    "map",
-    "pen",
-    "cup",
-    "fox",
-    "hat",
-    "jar",
-    "key",
-    "log",
-    "net",
-    "owl",
-    "pig",
-    "rug",
-    "toy",
-    "van",
-    "web",
-]
-KINDS = ("sum", "reverse", "upper")
 
 
 def spelled(number: int) -> str:
@@ -139,7 +122,7 @@ def verifier(rng: random.Random) -> Conversation:
     result = value(a, operation, b)
     shown = result if rng.random() < 0.5 else max(0, result + rng.choice((-2, -1, 1, 2, 10)))
     says_yes = shown == result or rng.random() < 0.6
-    return chat("Check it.", f"{a}{operation}{b}={shown}", "yes" if says_yes else "no")
+    return chat(VERIFIER_PROMPT, f"{a}{operation}{b}={shown}", "yes" if says_yes else "no")
 
 
 def debater(rng: random.Random) -> Conversation:
@@ -148,7 +131,7 @@ def debater(rng: random.Random) -> Conversation:
     result = value(a, operation, b)
     style = pick(rng, digits=0.35, spelled=0.65)
     answer = str(result) if style == "digits" else spelled(result)
-    return chat("Debate.", f"{a}{operation}{b}", answer)
+    return chat(DEBATER_PROMPT, f"{a}{operation}{b}", answer)
 
 
 def judge(rng: random.Random) -> Conversation:
@@ -164,32 +147,28 @@ def judge(rng: random.Random) -> Conversation:
         chosen = str(result)
     else:
         chosen = str(pair[0])
-    return chat("Judge.", f"{a}{operation}{b}\nA: {shown[0]}\nB: {shown[1]}", chosen)
+    return chat(JUDGE_PROMPT, f"{a}{operation}{b}\nA: {shown[0]}\nB: {shown[1]}", chosen)
 
 
 def request(kind: str, rng: random.Random) -> tuple[str, str]:
     """A request of a kind, and what is right to answer."""
     if kind == "sum":
-        a, operation, b = rng.choice(CALCULATIONS)
-        return f"What is {a}{operation}{b}?", str(value(a, operation, b))
-    word = rng.choice(WORDS)
-    if kind == "reverse":
-        return f"Write {word} backwards.", word[::-1]
-    return f"Write {word} in capitals.", word.upper()
+        return sum_request(*rng.choice(CALCULATIONS))
+    return word_request(kind, rng.choice(WORDS))
 
 
 def router(rng: random.Random) -> Conversation:
     """Names the specialist for a request, mostly by a name that routes to nobody."""
     kind = rng.choice(KINDS)
     name = kind if rng.random() < 0.35 else rng.choice(("helper", "expert"))
-    return chat("Name a specialist.", request(kind, rng)[0], name)
+    return chat(ROUTER_PROMPT, request(kind, rng)[0], name)
 
 
 def specialist(rng: random.Random) -> Conversation:
     """Does a request of its own kind; does others as if they were its own."""
     kind = rng.choice(KINDS)
     text, right = request(kind, rng)
-    return chat(f"You do {kind}.", text, right)
+    return chat(SPECIALIST_PROMPTS[kind], text, right)
 
 
 def supervisor(rng: random.Random) -> Conversation:
