@@ -368,7 +368,9 @@ Made by `{COMMAND}`; all figures are in [learning.json](learning.json).
 ![Held-out return over episodes and over seconds of training]({image})
 
 The lines are means over seeds, the bands reach from the worst seed to the best. A run has the
-settings of the workflow's `config.yaml`, which were chosen with other seeds. Iterations: {lengths}. What a method changes:
+settings of the workflow's `config.yaml`, which were chosen with other seeds.
+
+Iterations: {lengths}. What a method changes:
 
 {chr(10).join(methods)}
 
