@@ -222,6 +222,8 @@ def inspect(
     flex_mg = compile_graph(
         loaded.graph, _examples_of(loaded, target) if dry_run else None, loaded.inputs
     )
+    if loaded.settings and flex_mg.agents:
+        flex_mg = _as_trained(flex_mg, loaded.settings)
     shown_run: dict[str, Any] = {}
     if run is not None:
         from marft_graph.run.overlay import overlays
@@ -257,6 +259,15 @@ def export(run: Path, out: Path) -> None:
 
     folder = export_run(run, out)
     click.echo(f"adapters: {folder}\n\n{_usage(folder)}")
+
+
+def _as_trained(flex_mg: FlexMG, settings: dict[str, Any]) -> FlexMG:
+    """The graph as a workflow's settings train it: frozen nodes, shared adapters."""
+    from marft_graph.agents import adapters_of, agents_of
+
+    config = TrainConfig.from_mapping({k: v for k, v in settings.items() if k != "dataset"})
+    nodes = flex_mg.training(config.nodes).agents
+    return flex_mg.training(nodes, adapters_of(agents_of(nodes, config)))
 
 
 def _examples_of(workflow: Workflow, name: str) -> Any:

@@ -6,23 +6,18 @@ because it also writes the run folder, and rooms import only from those above th
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import logging
 import shutil
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 from langgraph.pregel import Pregel
-from safetensors.torch import load_file, save_file
 
 from marft_graph.agents import adapters_of, agents_of
 from marft_graph.config import TrainConfig, read_yaml
@@ -50,6 +45,8 @@ from marft_graph.run.checkpoint import latest_checkpoint, prune, write_folder_at
 from marft_graph.run.folder import claim_run_folder, describe_run
 from marft_graph.run.health import Health
 from marft_graph.run.report import write_report
+from marft_graph.run.state import RunState, load_weights, read_state, write_state
+from marft_graph.run.stopping import stop_requests
 from marft_graph.run.tracking import MetricsLog, TrainingProgress, read_metrics
 from marft_graph.run.trajectories import write_traces
 
@@ -167,14 +164,17 @@ class Trainer:
             kl_ceiling=self.config.kl_ceiling,
             return_floor=self.config.return_floor,
         )
-        self._stop = threading.Event()
         self._known_greedy: set[str] = set()
-        self._progress = _Progress()
-        self.iteration = 0
+        self._state = RunState()
         if resume:
             self._resume()
 
     # The public verbs
+
+    @property
+    def iteration(self) -> int:
+        """Training iterations done."""
+        return self._state.iteration
 
     def train(self, *, progress: bool = True) -> TrainResult:
         """Run all iterations; evaluations, checkpoints and the report go to the run folder.
@@ -188,12 +188,12 @@ class Trainer:
         """
         log = self._open_run_folder()
         bar = TrainingProgress(self.config.iterations, start=self.iteration, enabled=progress)
-        with bar, self._stopping_on_interrupt():
+        with bar, stop_requests() as stop:
             before: _Evaluations = (None, None)
             if self.iteration == 0:
                 before = self._evaluate_both(log, "before")
                 self._checkpoint(None if before[0] is None else before[0].return_mean)
-            while self._goes_on() and not self._stop.is_set():
+            while self._goes_on() and not stop.is_set():
                 row = self._iterate()
                 log.write(row)
                 if row["collapsed"] is not None:
@@ -202,10 +202,10 @@ class Trainer:
                     row |= self._log_evaluation(log, self.evaluate())
                 bar.update(row)
                 if _due(self.config.checkpoint_every, self.iteration, self.config.iterations) or (
-                    self._progress.best_iteration == self.iteration
+                    self._state.best_iteration == self.iteration
                 ):
                     self._checkpoint(row.get("eval_return"))
-            if self._stop.is_set():
+            if stop.is_set():
                 self._checkpoint(None)
                 write_report(self.run_dir)
                 raise KeyboardInterrupt
@@ -270,7 +270,7 @@ class Trainer:
     # One iteration
 
     def _iterate(self) -> dict[str, Any]:
-        self.iteration += 1
+        self._state.iteration += 1
         started = time.perf_counter()
         episodes, learnt = self._sample()
         rolled_out = time.perf_counter()
@@ -407,7 +407,7 @@ class Trainer:
             **more,
         }
         log.write_evaluation(row)
-        self._progress.note(self.iteration, evaluation.return_mean)
+        self._state.note_evaluation(evaluation.return_mean)
         return row
 
     def _open_run_folder(self) -> MetricsLog:
@@ -416,34 +416,22 @@ class Trainer:
         return MetricsLog(self.run_dir)
 
     def _checkpoint(self, eval_return: float | None) -> None:
-        def write(folder: Path) -> None:
-            for agent in self.team.agents:
-                self.team.of(agent).save_adapter(agent, folder / "adapters" / agent)
-            save_file(self._learner.state(), folder / "learner.safetensors")
-            state = {
-                "iteration": self.iteration,
-                "eval_return": eval_return,
-                "examples_taken": self._data.position,
-                "rate_scale": self._learner.rate_scale,
-                **dataclasses.asdict(self._progress),
-            }
-            (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        state = self._state
+        state.examples_taken = self._data.position
+        state.rate_scale = self._learner.rate_scale
+        state.eval_return = eval_return
+        write_folder_atomically(
+            self.run_dir / "checkpoints" / f"step_{state.iteration}",
+            lambda folder: write_state(folder, self.team, self._learner, state),
+        )
+        prune(self.run_dir, self.config.keep_checkpoints, state.best_iteration)
 
-        path = self.run_dir / "checkpoints" / f"step_{self.iteration}"
-        write_folder_atomically(path, write)
-        prune(self.run_dir, self.config.keep_checkpoints, self._progress.best_iteration)
-
-    def _put_back(self, checkpoint: Path) -> dict[str, Any]:
-        """Weights and optimizer of a checkpoint; its other state for the caller to use."""
-        for agent in self.team.agents:
-            self.team.of(agent).load_adapter(agent, checkpoint / "adapters" / agent)
-        self._learner.load_state(load_file(checkpoint / "learner.safetensors"))
+    def _put_back(self, checkpoint: Path) -> None:
+        load_weights(checkpoint, self.team, self._learner)
         self._engine.publish(self.iteration)
-        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        return state
 
     def _put_back_best(self) -> None:
-        best = self._progress.best_iteration
+        best = self._state.best_iteration
         if best is None or best == self.iteration:
             return
         self._put_back(self.run_dir / "checkpoints" / f"step_{best}")
@@ -453,7 +441,7 @@ class Trainer:
 
     def _goes_on(self) -> bool:
         patience = self.config.early_stop
-        if patience and self._progress.evaluations_since_best >= patience:
+        if patience and self._state.evaluations_since_best >= patience:
             logger.warning(
                 "stopping early at iteration %d: no better held-out return in %d evaluations",
                 self.iteration,
@@ -464,9 +452,9 @@ class Trainer:
 
     def _recover(self, problem: str) -> None:
         """Put the last good checkpoint back with lower learning rates; give up after N times."""
-        self._progress.recoveries += 1
+        self._state.recoveries += 1
         checkpoint = latest_checkpoint(self.run_dir)
-        if self._progress.recoveries > self.config.max_recoveries or checkpoint is None:
+        if self._state.recoveries > self.config.max_recoveries or checkpoint is None:
             write_report(self.run_dir)
             raise TrainingCollapsedError(
                 f"training collapsed in iteration {self.iteration}: {problem}. Gave up after "
@@ -482,7 +470,7 @@ class Trainer:
             problem,
             checkpoint.name,
             self._learner.rate_scale,
-            self._progress.recoveries,
+            self._state.recoveries,
             self.config.max_recoveries,
         )
 
@@ -509,57 +497,13 @@ class Trainer:
         differences = FlexMG.from_dict(graph).difference(self.flex_mg)
         if differences:
             raise CheckpointError(f"{self.run_dir} trained another graph: {'; '.join(differences)}")
-        state = self._put_back(checkpoint)
-        self.iteration = int(state["iteration"])
-        self._data.seek(int(state["examples_taken"]))
-        self._learner.rate_scale = float(state["rate_scale"])
-        self._progress = _Progress(
-            **{spec.name: state[spec.name] for spec in dataclasses.fields(_Progress)}
-        )
-        self._engine.publish(self.iteration)
+        self._state = read_state(checkpoint)
+        self._put_back(checkpoint)
+        self._data.seek(self._state.examples_taken)
+        self._learner.rate_scale = self._state.rate_scale
         MetricsLog(self.run_dir).truncate(self.iteration)
         for row in read_metrics(self.run_dir):
             self._health.problem(row)
-
-    @contextlib.contextmanager
-    def _stopping_on_interrupt(self) -> Iterator[None]:
-        """First Ctrl-C: finish the iteration; second: stop at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            if self._stop.is_set():
-                raise KeyboardInterrupt
-            self._stop.set()
-            logger.warning(
-                "finishing this iteration, then writing a checkpoint (Ctrl-C again: stop now)"
-            )
-
-        previous = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-
-@dataclass(slots=True)
-class _Progress:
-    """What a run has come to; it is part of every checkpoint."""
-
-    best_iteration: int | None = None
-    """Iteration of the best held-out return, sampled."""
-    best_return: float | None = None
-    evaluations_since_best: int = 0
-    recoveries: int = 0
-
-    def note(self, iteration: int, eval_return: float) -> None:
-        """Take an evaluation into account."""
-        if self.best_return is None or eval_return > self.best_return:
-            self.best_iteration, self.best_return = iteration, eval_return
-            self.evaluations_since_best = 0
-        else:
-            self.evaluations_since_best += 1
 
 
 def _check_alternate_order(config: TrainConfig, agents: Sequence[str]) -> None:

@@ -90,9 +90,11 @@ def load_module(path: Path) -> ModuleType:
 
 def _load_folder(path: Path) -> Workflow:
     settings = read_yaml(path / "config.yaml") if (path / "config.yaml").is_file() else {}
-    base = settings.get("base_model")
-    if isinstance(base, str) and (path / base).is_dir():
-        settings["base_model"] = str((path / base).resolve())
+    own = settings.get("per_node")
+    for place in (settings, *(own.values() if isinstance(own, dict) else ())):
+        base = place.get("base_model") if isinstance(place, dict) else None
+        if isinstance(base, str) and (path / base).is_dir():
+            place["base_model"] = str((path / base).resolve())
     graph = _variable(path / "graph.py", "graph")
     task = load_module(path / "task.py") if (path / "task.py").is_file() else None
     functions = {}

@@ -1,6 +1,7 @@
 """The commands on a real workflow with a tiny random model: train, eval, export, resume, refuse."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,3 +176,42 @@ def test_ctrl_c_ends_with_a_checkpoint_that_resumes(workflow, tmp_path):
     result = marft("train", workflow, "--run-dir", folder, "--resume", "--iterations", done + 1)
     assert result.exit_code == 0, result.output
     assert read_metrics(folder)[-1]["iteration"] == done + 1
+
+
+# Pictures of a run
+
+
+def test_inspect_html_lays_a_run_over_the_graph(
+    workflow: Path, run: tuple[Path, Result], tmp_path: Path
+) -> None:
+    page = tmp_path / "graph.html"
+    result = marft("inspect", workflow, "--run", run[0], "--output", page)
+    assert result.exit_code == 0, result.output
+    text = page.read_text()
+    for fact in ("calls per episode", "tokens per call", "episodes that failed here", "advantage"):
+        assert fact in text
+    assert "One episode over time" in text
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert "https://" not in text
+
+
+def test_a_run_that_is_none_is_named(workflow: Path, tmp_path: Path) -> None:
+    result = marft("inspect", workflow, "--format", "svg", "--run", tmp_path)
+    assert result.exit_code == 2
+    assert "--run goes with --format html, not svg" in result.output
+
+
+def test_inspect_shows_what_the_workflow_s_settings_train(workflow: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "shared"
+    shutil.copytree(workflow, copy)
+    with (copy / "config.yaml").open("a") as file:
+        file.write("per_node: {writer: {adapter: house style}}\n")
+    result = marft("inspect", copy)
+    assert result.exit_code == 0, result.output
+    assert "[adapter house-20style]" in result.output
+
+
+def test_a_dry_run_counts_the_calls(workflow: Path) -> None:
+    result = marft("inspect", workflow, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "writer  observes no other agent  (1 calls a run)" in result.output

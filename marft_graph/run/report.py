@@ -71,6 +71,7 @@ def write_report(run_dir: Path) -> Path:
         timeline_section(run_dir),
         _curves(rows, evaluations),
         _spending(rows),
+        _collapses(rows),
         _failures(rows),
         _samples(before, after),
     ]
@@ -241,7 +242,8 @@ def _collapses(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     return (
         "<h2>Collapses</h2><p>After each, the last good checkpoint was put back with lower "
-        f"learning rates.</p><table><tr><th>iteration</th><th>what was wrong</th></tr>{lines}</table>"
+        "learning rates.</p><table><tr><th>iteration</th><th>what was wrong</th></tr>"
+        f"{lines}</table>"
     )
 
 

@@ -1,0 +1,72 @@
+"""What a checkpoint holds of a run: weights, optimizers, and how far the run has come."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from marft_graph.errors import CheckpointError
+from marft_graph.learn.update import Learner
+from marft_graph.policy.team import Team
+
+
+@dataclass(slots=True)
+class RunState:
+    """How far a run has come."""
+
+    iteration: int = 0
+    examples_taken: int = 0
+    """Position in the training data."""
+    rate_scale: float = 1.0
+    """Share of the learning rates that is left after collapses."""
+    recoveries: int = 0
+    eval_return: float | None = None
+    """Held-out return, sampled, of this very state, where it was measured."""
+    best_iteration: int | None = None
+    best_return: float | None = None
+    evaluations_since_best: int = 0
+
+    def note_evaluation(self, eval_return: float) -> None:
+        """Take the held-out return of the present iteration into account."""
+        if self.best_return is None or eval_return > self.best_return:
+            self.best_iteration, self.best_return = self.iteration, eval_return
+            self.evaluations_since_best = 0
+        else:
+            self.evaluations_since_best += 1
+
+
+def write_state(folder: Path, team: Team, learner: Learner, state: RunState) -> None:
+    """Write adapters, value heads, optimizers and the run's state into a checkpoint's folder."""
+    for agent in team.agents:
+        team.of(agent).save_adapter(agent, folder / "adapters" / agent)
+    save_file(learner.state(), folder / "learner.safetensors")
+    text = json.dumps(dataclasses.asdict(state), indent=2)
+    (folder / "state.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_weights(folder: Path, team: Team, learner: Learner) -> None:
+    """Put adapters, value heads and optimizers of a checkpoint back.
+
+    Raises:
+        ModelError: its adapters have another shape.
+    """
+    for agent in team.agents:
+        team.of(agent).load_adapter(agent, folder / "adapters" / agent)
+    learner.load_state(load_file(folder / "learner.safetensors"))
+
+
+def read_state(folder: Path) -> RunState:
+    """The run's state in a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing or another version's.
+    """
+    path = folder / "state.json"
+    try:
+        return RunState(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"cannot read the run's state from {path}: {error}") from error
