@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +180,9 @@ def _shown(schema: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """What xgrammar says, without the place in its source."""
-    return str(error).strip().partition("\n")[0].rpartition(".cc:")[2].partition(": ")[2] or str(
-        error
-    )
+    """What xgrammar says, without the time and the place in its source.
+
+    >>> _first_line(RuntimeError("[12:00:00] /cpp/schema.cc:44: Invalid range: 2 > 1\\n"))
+    'Invalid range: 2 > 1'
+    """
+    return re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", str(error).strip().partition("\n")[0])
