@@ -182,7 +182,7 @@ def _shown(schema: str) -> str:
 def _first_line(error: Exception) -> str:
     """What xgrammar says, without the time and the place in its source.
 
-    >>> _first_line(RuntimeError("[12:00:00] /cpp/schema.cc:44: Invalid range: 2 > 1\\n"))
+    >>> _first_line(RuntimeError("[12:00:00] /cpp/schema.cc:44: Invalid range: 2 > 1"))
     'Invalid range: 2 > 1'
     """
     return re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", str(error).strip().partition("\n")[0])
