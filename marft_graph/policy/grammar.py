@@ -5,8 +5,8 @@ trained. It knows schemas, tokenizers and bits, but no models, requests or episo
 
 Answers are JSON on one line, `{"a": 1, "b": [2, 3]}`, with the properties that the schema names, in
 its order. Keywords that xgrammar does not know (`not`, `uniqueItems`, `multipleOf` of a number) are
-not enforced. JSON begins with the first token: the thinking of a reasoning model before its answer
-is out of scope.
+not enforced, and a string may escape half a surrogate pair, which pydantic refuses. JSON begins
+with the first token: the thinking of a reasoning model before its answer is out of scope.
 """
 
 from __future__ import annotations
