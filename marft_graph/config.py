@@ -133,6 +133,11 @@ class TrainConfig:
     max_new_tokens: int = setting(
         256, "most tokens of a completion, where the app sets no limit", unit="tokens", at_least=1
     )
+    constrain_output: bool = setting(
+        False,
+        "let calls that ask for structured output by a JSON schema write nothing else; needs the "
+        "extra `grammar`",
+    )
     concurrency: int = setting(256, "episodes that run at once", at_least=1)
     max_batch_size: int = setting(
         256, "completions that the local engine decodes at once", at_least=1

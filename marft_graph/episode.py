@@ -51,6 +51,8 @@ class Call:
     step: int = 0
     """Superstep of the (innermost) graph in which the call was made."""
     seed: int = 0
+    grammar: str = ""
+    """JSON schema that constrained the sampling, as text; empty: nothing did."""
     started: float = 0.0
     """Seconds since the episode started."""
     seconds: float = 0.0

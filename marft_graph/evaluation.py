@@ -117,6 +117,7 @@ def evaluate_export(
             reward_concurrency=config.reward_concurrency,
             temperature=config.temperature,
             max_new_tokens=manifest.max_new_tokens,
+            constrain_output=manifest.constrain_output,
             greedy=greedy,
         )
     finally:

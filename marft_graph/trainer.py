@@ -37,6 +37,7 @@ from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.learn.groups import share_of_equal_groups, without_equal_groups
 from marft_graph.learn.update import Learner
+from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team
 from marft_graph.rollout.rewards import Rewards, as_reward_function, mean_parts
 from marft_graph.rollout.runner import check_examples, run_episodes
@@ -131,6 +132,8 @@ class Trainer:
         self.config = (
             config if isinstance(config, TrainConfig) else TrainConfig.from_mapping(config)
         )
+        if self.config.constrain_output:
+            require_grammar_library()
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
         found = compile_graph(self.graph)
         self._reward = as_reward_function(reward)
@@ -347,6 +350,7 @@ class Trainer:
             reward_concurrency=self.config.reward_concurrency,
             temperature=self.config.temperature,
             max_new_tokens=self.config.max_new_tokens,
+            constrain_output=self.config.constrain_output,
             greedy=greedy,
         )
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import Send
+from pydantic import BaseModel, ConfigDict, Field
 
 model = ChatOpenAI(model="gpt-4o-mini", api_key="not-set")  # at import, as apps do
 
@@ -85,4 +86,49 @@ def voters(count: int = 3) -> Any:
     )
     builder.add_edge("voter", "aggregator")
     builder.add_edge("aggregator", END)
+    return builder.compile()
+
+
+class Place(BaseModel):
+    """Part of a `Move`."""
+
+    model_config = ConfigDict(extra="forbid")
+    row: int = Field(ge=0, le=99)
+    side: Literal["left", "right"]
+
+
+class Move(BaseModel):
+    """What `mover` asks its model for."""
+
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["go", "stay"]
+    steps: int = Field(ge=-100, le=1000)
+    place: Place
+
+
+class MoverState(TypedDict):
+    """State of `mover`."""
+
+    question: str
+    move: Move
+    answer: str
+
+
+def mover() -> Any:
+    """A node that asks for a `Move` and fails without one, and a node that talks about it."""
+
+    def move(state: MoverState) -> dict[str, Move]:
+        made = model.with_structured_output(Move).invoke(state["question"])
+        assert isinstance(made, Move)
+        return {"move": made}
+
+    def tell(state: MoverState) -> dict[str, str]:
+        return {"answer": model.invoke(str(state["move"].steps)).text}
+
+    builder = StateGraph(MoverState)
+    builder.add_node("mover", move)
+    builder.add_node("teller", tell)
+    builder.add_edge(START, "mover")
+    builder.add_edge("mover", "teller")
+    builder.add_edge("teller", END)
     return builder.compile()

@@ -19,10 +19,18 @@ TEMPLATE = (
 
 
 def save_random_model(
-    folder: Path, *, seed: int = 0, context: int = 256, template: str | None = TEMPLATE
+    folder: Path,
+    *,
+    seed: int = 0,
+    context: int = 256,
+    template: str | None = TEMPLATE,
+    without: str = "",
 ) -> Path:
-    """A two-layer Qwen2 with random weights and a byte-level tokenizer, saved to `folder`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    """A two-layer Qwen2 with random weights and a byte-level tokenizer, saved to `folder`.
+
+    Its tokens are all bytes but those in `without`.
+    """
+    alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet()} - {*without})
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()

@@ -21,6 +21,7 @@ from marft_graph.errors import ExportError
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
 from marft_graph.names import agent_path
+from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team
 from marft_graph.rollout.answers import message_for, request_for
 from marft_graph.rollout.intercept import InterceptedCall, Pending, Responder, intercepting
@@ -49,6 +50,7 @@ def bind(
     Raises:
         ExportError: the folder is damaged, or holds adapters for nodes that the graph lacks.
         ModelError: the base model cannot be loaded.
+        ConfigError: training constrained structured output, and the extra `grammar` is missing.
     """
     app = as_compiled(graph)
     folder = Path(export_dir)
@@ -57,12 +59,15 @@ def bind(
         resolve_nodes(compile_graph(app), tuple(manifest.nodes), found_before=True)
     except LookupError as error:
         raise ExportError(f"{folder} was exported from another graph: {error}") from error
+    if manifest.constrain_output:
+        require_grammar_library()
     folders = manifest.folders(folder, base_model)
     responder = _Adapters(
         local_engine(Team.from_folders(folders, device=device, dtype=manifest.dtype)),
         adapters=manifest.nodes,
         temperature=temperature,
         max_new_tokens=manifest.max_new_tokens,
+        constrain_output=manifest.constrain_output,
     )
     return BoundGraph(app, responder)
 
@@ -77,11 +82,13 @@ class _Adapters(Responder):
         adapters: Mapping[str, str],
         temperature: float,
         max_new_tokens: int,
+        constrain_output: bool,
     ) -> None:
         self._engine = engine
         self._adapters = adapters
         self._temperature = temperature
         self._max_new_tokens = max_new_tokens
+        self._constrain_output = constrain_output
 
     def agent_for(self, node: str) -> str | None:
         """The node's adapter, where one was exported."""
@@ -96,6 +103,7 @@ class _Adapters(Responder):
             seed=int.from_bytes(hashlib.sha256(call.namespace.encode()).digest()[:8]),
             temperature=self._temperature if call.temperature is None else None,
             max_new_tokens=self._max_new_tokens,
+            constrain_output=self._constrain_output,
         )
         future = self._engine.submit(request)
         return Pending(future, lambda completion: message_for(call, codec, request, completion))

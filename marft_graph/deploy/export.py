@@ -5,6 +5,7 @@ An export folder is all that production needs beside the base model. Nothing her
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -38,6 +39,8 @@ class Manifest:
     metrics: Mapping[str, Any]
     sha256: Mapping[str, str]
     """Digest of every other file in the folder, by relative path."""
+    constrain_output: bool = False
+    """Whether structured output was constrained to its schema in training."""
 
     def folders(self, folder: Path, base_model: str | None = None) -> dict[str, tuple[str, Path]]:
         """Base model and folder of each adapter.
@@ -117,6 +120,7 @@ def write_export(
         "nodes": nodes,
         "adapters": listed,
         "max_new_tokens": config.max_new_tokens,
+        "constrain_output": config.constrain_output,
         "metrics": dict(metrics),
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
     }
@@ -142,9 +146,8 @@ def read_manifest(export_dir: str | Path) -> Manifest:
     path = folder / "manifest.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest(
-            **{name: raw[name] for name in Manifest.__dataclass_fields__}  # no defaults: all needed
-        )
+        given = {spec.name for spec in dataclasses.fields(Manifest) if spec.name in raw}
+        manifest = Manifest(**{name: raw[name] for name in given})
     except OSError as error:
         raise ExportError(
             f"{folder} is no export folder: cannot read {path.name}: {error}"

@@ -33,8 +33,8 @@ class GenerationRequest:
     """One call of one agent.
 
     `agent` None is the untrained base. A sample is a function of the adapter, `prompt_ids`,
-    `sampling` and `seed` alone. `order` sorts requests that join a batch together, so that batches
-    are the same in every run with the same seed.
+    `sampling`, `seed` and `grammar` alone. `order` sorts requests that join a batch together, so
+    that batches are the same in every run with the same seed.
     """
 
     agent: str | None
@@ -48,6 +48,9 @@ class GenerationRequest:
     """Which tool the app asks for, as it says it; only scripted engines read it."""
     response_format: Any = None
     """A pydantic class or a JSON schema that the app asks for; only scripted engines read it."""
+    grammar: str = ""
+    """JSON schema that the completion must fit, as text; empty: it is free. An engine that cannot
+    constrain its completions ignores it."""
     messages: tuple[BaseMessage, ...] = ()
     """The messages behind `prompt_ids`; only scripted engines read them."""
 
@@ -60,6 +63,8 @@ class Completion:
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
     adapter_version: int
+    is_constrained: bool = False
+    """Whether the request's grammar held, and the log-probs are those of the tokens it allows."""
 
 
 class ChatCodec(Protocol):

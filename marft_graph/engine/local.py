@@ -25,9 +25,10 @@ from transformers.cache_utils import DynamicCache
 from marft_graph.engine.base import ChatCodec, Completion, Gate, GenerationRequest
 from marft_graph.engine.cache import RowCache
 from marft_graph.episode import FinishReason
-from marft_graph.errors import EngineError, PromptTooLongError
+from marft_graph.errors import EngineError, ModelError, PromptTooLongError
 from marft_graph.policy.adapters import Policy
-from marft_graph.policy.logprobs import scaled_logprobs
+from marft_graph.policy.grammar import Following
+from marft_graph.policy.logprobs import FORBIDDEN, constrained, scaled_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,10 @@ class _Row:
     """One uniform number per token, from the call's own seed: neighbours do not change a sample."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    grammar: Following | None = None
+    """Says which tokens may come next; None: all."""
+    failure: ModelError | None = None
+    """Why the completion cannot be finished."""
 
 
 class LocalEngine:
@@ -92,6 +97,8 @@ class LocalEngine:
         Raises:
             EngineError: the engine is closed, or does not know the agent.
             PromptTooLongError: the prompt leaves no room for a token.
+            ConfigError: the grammar cannot be compiled, or its library is not installed.
+            ModelError: the model's tokenizer cannot be constrained.
         """
         if request.agent is not None and request.agent not in self._policy.agents:
             raise EngineError(
@@ -103,6 +110,8 @@ class LocalEngine:
                 f"prompt of {request.agent or 'the base'} has {len(request.prompt_ids)} tokens; "
                 f"the context of {self._policy.codec.context_length} needs room for an answer"
             )
+        if request.grammar:
+            self._policy.grammars.compile(request.grammar)  # refused here, not in the thread
         future: Future[Completion] = Future()
         with self._changed:
             if self._closed:
@@ -177,7 +186,10 @@ class LocalEngine:
         room = self._policy.codec.context_length - len(request.prompt_ids)
         limit = max(1, min(request.sampling.max_tokens, room))
         uniforms = np.random.Generator(np.random.Philox(key=request.seed)).random(limit)
-        return _Row(request, future, limit, uniforms)
+        row = _Row(request, future, limit, uniforms)
+        if request.grammar:
+            row.grammar = self._policy.grammars.follow(request.grammar)
+        return row
 
     def _prefill(self, rows: list[_Row]) -> None:
         """Run the distinct prompts of new rows once, copy their caches, sample the first tokens."""
@@ -231,6 +243,8 @@ class LocalEngine:
         return False
 
     def _sample(self, rows: Sequence[_Row], logits_BV: Tensor) -> None:
+        if any(row.grammar is not None for row in rows):
+            logits_BV = _constrain(rows, logits_BV)
         temperature_B = torch.tensor(
             [row.request.sampling.temperature for row in rows], device=logits_BV.device
         )
@@ -241,6 +255,8 @@ class LocalEngine:
         for row, token, logprob in zip(rows, token_B.tolist(), logprob_B.tolist(), strict=True):
             row.ids.append(token)
             row.logprobs.append(logprob)
+            if row.grammar is not None:
+                row.grammar.accept(token)
 
     def _release(self) -> bool:
         """Answer finished rows and pack the others to the front."""
@@ -256,19 +272,53 @@ class LocalEngine:
                 self._cache.move(len(kept), hole)
         self._rows = kept
         for row, reason in finished:
-            if row.future.set_running_or_notify_cancel():
-                row.future.set_result(
-                    Completion(tuple(row.ids), tuple(row.logprobs), reason, self._version)
+            if not row.future.set_running_or_notify_cancel():
+                continue
+            if row.failure is not None:
+                row.future.set_exception(row.failure)
+                continue
+            row.future.set_result(
+                Completion(
+                    tuple(row.ids),
+                    tuple(row.logprobs),
+                    reason,
+                    self._version,
+                    is_constrained=row.grammar is not None,
                 )
+            )
         return True
 
     def _finished(self, row: _Row) -> FinishReason | None:
-        if row.future.cancelled() or row.ids[-1] in self._policy.end_ids:
+        if row.future.cancelled() or row.failure is not None:
+            return "stop"
+        if row.ids[-1] in self._policy.end_ids:
             return "stop"
         stop = row.request.sampling.stop
         if stop and any(word in self._policy.codec.decode(row.ids) for word in stop):
             return "stop"
         return "length" if len(row.ids) >= row.limit else None
+
+
+def _constrain(rows: Sequence[_Row], logits_BV: Tensor) -> Tensor:
+    """Logits without the tokens that the rows' grammars forbid; other rows stay as they are.
+
+    A row whose model cannot write what its grammar asks for fails, and nothing constrains it.
+    """
+    places, allowed = [], []
+    for place, row in enumerate(rows):
+        if row.grammar is None:
+            continue
+        try:
+            allowed.append(row.grammar.allowed())
+            places.append(place)
+        except ModelError as error:
+            row.failure, row.grammar = error, None
+    if not places:
+        return logits_BV
+    place_M = torch.tensor(places, device=logits_BV.device)
+    allowed_MW = torch.stack(allowed).to(logits_BV.device)
+    logits_BV = logits_BV.float()
+    return logits_BV.index_copy(0, place_M, constrained(logits_BV[place_M], allowed_MW))
 
 
 _engines: weakref.WeakSet[LocalEngine] = weakref.WeakSet()
@@ -297,5 +347,8 @@ def sample(logits_BV: Tensor, temperature_B: Tensor, uniform_B: Tensor) -> tuple
         cdf_BV, (uniform_B * cdf_BV[:, -1]).unsqueeze(-1), right=True
     ).squeeze(-1)
     drawn_B = drawn_B.clamp_max(logits_BV.shape[-1] - 1)
-    token_B = torch.where(temperature_B > 0, drawn_B, logits_BV.argmax(-1))
+    # A sum that rounding ends too early must not draw what a grammar forbids.
+    is_possible_B = logp_BV.gather(-1, drawn_B.unsqueeze(-1)).squeeze(-1) > FORBIDDEN / 2
+    is_drawn_B = (temperature_B > 0) & is_possible_B
+    token_B = torch.where(is_drawn_B, drawn_B, logits_BV.argmax(-1))
     return token_B, logp_BV.gather(-1, token_B.unsqueeze(-1)).squeeze(-1)

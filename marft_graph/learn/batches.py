@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from marft_graph.episode import Call
+from marft_graph.policy.grammar import Grammars
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,3 +90,18 @@ def token_offsets(calls: Sequence[Call]) -> list[int]:
     for call in calls:
         offsets.append(offsets[-1] + len(call.completion_ids))
     return offsets
+
+
+def allowed_tokens(calls: Sequence[Call], grammars: Grammars) -> Tensor:
+    """Bits (N, V/32) of the tokens that each action was chosen from; all are set in free calls.
+
+    Raises:
+        ConfigError, ModelError: as in `Grammars.allowed`.
+    """
+    offsets = token_offsets(calls)
+    allowed_NW = torch.full((offsets[-1], grammars.words), -1, dtype=torch.int32)
+    for first, call in zip(offsets[:-1], calls, strict=True):
+        if call.grammar:
+            allowed_TW = grammars.allowed(call.grammar, call.completion_ids)
+            allowed_NW[first : first + len(allowed_TW)] = allowed_TW
+    return allowed_NW

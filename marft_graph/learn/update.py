@@ -15,7 +15,7 @@ from torch import Tensor
 from marft_graph.config import TrainConfig
 from marft_graph.episode import Episode
 from marft_graph.errors import TrainingCollapsedError
-from marft_graph.learn.batches import collate, microbatches, token_offsets
+from marft_graph.learn.batches import allowed_tokens, collate, microbatches, token_offsets
 from marft_graph.learn.credit import AgentBatch, assign_advantages
 from marft_graph.learn.losses import (
     action_logprobs,
@@ -223,7 +223,11 @@ class Learner:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """States (N, H), log-probs (N,) and entropies (N,) of some calls' action tokens."""
         policy = self._team.of(agent)
-        inputs = collate([batch.calls[i] for i in indices], policy.device)
+        calls = [batch.calls[i] for i in indices]
+        inputs = collate(calls, policy.device)
+        allowed_NW = None
+        if any(call.grammar for call in calls):
+            allowed_NW = allowed_tokens(calls, policy.grammars).to(policy.device)
         with policy.using(None if is_base else agent):
             states_NH = inputs.action_states(policy.hidden(inputs.ids_BT))
             logprobs_N, entropy_N = token_logprobs(
@@ -232,6 +236,7 @@ class Learner:
                 inputs.temperature_N,
                 policy.logits,
                 policy.vocabulary,
+                allowed_NW,
             )
         return states_NH, logprobs_N, entropy_N
 

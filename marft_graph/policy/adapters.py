@@ -12,6 +12,7 @@ import json
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from marft_graph.agents import Agent
 from marft_graph.errors import ConfigError, ModelError
 from marft_graph.policy.chat import TokenizerCodec
+from marft_graph.policy.grammar import Grammars
 
 Quantization = Literal["none", "4bit"]
 BASE = "__base__"
@@ -171,6 +173,15 @@ class Policy:
         ends = generation.eos_token_id if generation is not None else None
         ends = list(ends) if isinstance(ends, list | tuple) else [ends]
         return frozenset(i for i in [*ends, self.tokenizer.eos_token_id] if isinstance(i, int))
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What JSON schemas allow this model to write; made when first used.
+
+        Raises:
+            ConfigError, ModelError: as in `Grammars`.
+        """
+        return Grammars(self.tokenizer, self.vocabulary, self.end_ids)
 
     def checkpoint_gradients(self) -> None:
         """Keep no activations inside layers; the backward pass computes them again."""

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from langchain_core.messages import AIMessage, BaseMessage
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, PydanticUserError, ValidationError
 
 from marft_graph.engine.base import (
     ChatCodec,
@@ -19,7 +19,7 @@ from marft_graph.engine.base import (
     GenerationRequest,
     SamplingSettings,
 )
-from marft_graph.errors import PromptTooLongError
+from marft_graph.errors import ConfigError, PromptTooLongError
 from marft_graph.policy.tool_formats import fresh_id
 from marft_graph.rollout.intercept import InterceptedCall
 
@@ -33,6 +33,7 @@ def request_for(
     order: tuple[Any, ...] = (),
     temperature: float | None = None,
     max_new_tokens: int = 256,
+    constrain_output: bool = False,
 ) -> GenerationRequest:
     """The request for a call, within the limits that the app set.
 
@@ -44,9 +45,12 @@ def request_for(
         order: sorts the request among others.
         temperature: overrides the app's; None: what the app asks for, else 1.
         max_new_tokens: limit where the app sets none.
+        constrain_output: let a call that asks for structured output write nothing else. One that
+            may also answer with a tool call stays free, as does structure asked for as a tool call.
 
     Raises:
         PromptTooLongError: the prompt leaves no room for a single token.
+        ConfigError: the structure that is asked for has no JSON schema.
     """
     if prompt_ids is None:
         prompt_ids = codec.render(call.messages, call.tools)
@@ -71,6 +75,7 @@ def request_for(
         tools=call.tools,
         tool_choice=call.tool_choice,
         response_format=call.response_format,
+        grammar=_grammar(call) if constrain_output else "",
         messages=call.messages,
     )
 
@@ -152,3 +157,40 @@ def structured_answer(text: str, response_format: Any) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def schema_of(response_format: Any) -> Mapping[str, Any] | None:
+    """The JSON schema that a response format stands for; None where any text will do.
+
+    It is a pydantic class, a format of OpenAI's, or a JSON schema itself.
+
+    >>> schema_of({"type": "json_schema", "json_schema": {"schema": {"type": "integer"}}})
+    {'type': 'integer'}
+    >>> schema_of({"type": "json_object"})
+    {'type': 'object', 'additionalProperties': True}
+    """
+    if isinstance(response_format, type) and issubclass(response_format, BaseModel):
+        return response_format.model_json_schema()
+    if not isinstance(response_format, Mapping):
+        return None
+    kind = response_format.get("type")
+    if kind == "json_schema":
+        inner = response_format.get("json_schema", response_format)
+        schema: Mapping[str, Any] = inner.get("schema", inner)
+        return schema
+    if kind == "json_object":
+        return {"type": "object", "additionalProperties": True}
+    return None if kind == "text" else response_format
+
+
+def _grammar(call: InterceptedCall) -> str:
+    """The schema that a call's answer must fit, as text; empty where it is free."""
+    if call.tools and call.tool_choice != "none":
+        return ""
+    try:
+        schema = schema_of(call.response_format)
+        return "" if schema is None else json.dumps(schema)
+    except (PydanticUserError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"constrain_output: what node {call.node!r} asks for has no JSON schema: {error}"
+        ) from error

@@ -15,13 +15,13 @@ from typing import Any
 
 import networkx as nx
 from langchain_core.messages import AIMessage
-from pydantic import BaseModel
 
 from marft_graph.engine.base import GenerationRequest
 from marft_graph.engine.fake import FakeEngine
 from marft_graph.episode import Episode
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.names import agent_path
+from marft_graph.rollout.answers import schema_of
 from marft_graph.rollout.inputs import InputFunction
 from marft_graph.rollout.runner import run_episodes
 
@@ -72,7 +72,7 @@ def add_dry_run(
 
 def answer(request: GenerationRequest) -> str | AIMessage:
     """A scripted answer that keeps an app going: structure where it is asked for, tools in turn."""
-    schema = _schema(request.response_format)
+    schema = schema_of(request.response_format)
     if schema is not None:
         return json.dumps(example_of(schema))
     tools = [tool["function"] for tool in request.tools]
@@ -119,16 +119,6 @@ def example_of(schema: Mapping[str, Any], root: Mapping[str, Any] | None = None)
     number = schema.get("minimum", 1)
     values = {"integer": int(number), "number": float(number), "boolean": True, "null": None}
     return values.get(kind, TEXT[: schema.get("maxLength", len(TEXT))])
-
-
-def _schema(response_format: Any) -> Mapping[str, Any] | None:
-    if isinstance(response_format, type) and issubclass(response_format, BaseModel):
-        return response_format.model_json_schema()
-    if isinstance(response_format, Mapping) and response_format.get("type") == "json_schema":
-        inner = response_format.get("json_schema", response_format)
-        schema: Mapping[str, Any] = inner.get("schema", inner)
-        return schema
-    return None
 
 
 def _add_agent(graph: nx.MultiDiGraph[str], node: str) -> None:

@@ -165,6 +165,7 @@ class EpisodeRecorder(Responder):
         order: tuple[int, int],
         temperature: float | None,
         max_new_tokens: int,
+        constrain_output: bool,
         timeout: float,
     ) -> None:
         self.calls: list[RecordedCall] = []
@@ -180,6 +181,7 @@ class EpisodeRecorder(Responder):
         self._order = order
         self._temperature = temperature
         self._max_new_tokens = max_new_tokens
+        self._constrain_output = constrain_output
         self._started = time.monotonic()
         self._deadline = self._started + timeout
         self._clock = itertools.count()
@@ -223,6 +225,7 @@ class EpisodeRecorder(Responder):
                 order=(*self._order, call.node, call.step, str(lineage), seed),
                 temperature=self._temperature,
                 max_new_tokens=self._max_new_tokens,
+                constrain_output=self._constrain_output,
             )
             future = self._engine.submit(request)
         except MarftError as error:

@@ -70,6 +70,7 @@ def run_episodes(
     reward_concurrency: int = 64,
     temperature: float | None = None,
     max_new_tokens: int = 256,
+    constrain_output: bool = False,
     greedy: bool = False,
     on_episode: Callable[[Episode], None] | None = None,
 ) -> list[Episode]:
@@ -95,6 +96,8 @@ def run_episodes(
         reward_concurrency: reward functions that run at once; synchronous ones in worker threads.
         temperature: sampling temperature; none: what the app asks for, else 1.
         max_new_tokens: limit of a completion where the app sets none.
+        constrain_output: let calls that ask for structured output by a JSON schema write nothing
+            else, on an engine that can (the local one, with the extra `grammar`).
         greedy: sample at temperature 0, whatever else is set.
         on_episode: called on the event loop's thread for each episode as it ends.
 
@@ -125,6 +128,7 @@ def run_episodes(
         reward_concurrency=reward_concurrency,
         temperature=0.0 if greedy else temperature,
         max_new_tokens=max_new_tokens,
+        constrain_output=constrain_output,
         on_episode=on_episode,
     )
     plans = [
@@ -217,6 +221,7 @@ class _Rollout:
     reward_concurrency: int
     temperature: float | None
     max_new_tokens: int
+    constrain_output: bool
     on_episode: Callable[[Episode], None] | None
 
     def run(self, plans: Sequence[_Plan]) -> list[Episode]:
@@ -287,6 +292,7 @@ class _EpisodeRun:
             order=(plan.example_index, plan.group),
             temperature=rollout.temperature,
             max_new_tokens=rollout.max_new_tokens,
+            constrain_output=rollout.constrain_output,
             timeout=rollout.episode_timeout,
         )
         self._events: list[Event] = []
@@ -419,6 +425,7 @@ def _call(recorded: RecordedCall, index: int, parents: tuple[int, ...]) -> Call:
         task_id=call.task_id,
         step=call.step,
         seed=request.seed,
+        grammar=request.grammar if completion.is_constrained else "",
         started=recorded.started,
         seconds=recorded.seconds,
     )

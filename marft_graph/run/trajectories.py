@@ -53,11 +53,13 @@ _SCHEMA = pa.schema(
         ("task_id", pa.string()),
         ("step", pa.int64()),
         ("seed", pa.uint64()),
+        ("grammar", pa.string()),
         ("started", pa.float64()),
         ("seconds", pa.float64()),
     ]
 )
-_NEEDED = tuple(name for name in _SCHEMA.names if name != "reward_parts")  # 0.1.0 had none
+_LATER = ("reward_parts", "grammar")  # 0.1.0 had none
+_NEEDED = tuple(name for name in _SCHEMA.names if name not in _LATER)
 _CALL_FIELDS = tuple(_SCHEMA.names[_SCHEMA.names.index("agent") :])
 
 
@@ -172,10 +174,11 @@ def _episode(rows: Sequence[Mapping[str, Any]]) -> Episode:
 
 
 def _call(row: Mapping[str, Any]) -> Call:
-    fields = {name: row[name] for name in _CALL_FIELDS}
+    fields = {name: row[name] for name in _CALL_FIELDS if name not in _LATER}
     for name in ("parents", "prompt_ids", "completion_ids", "logprobs"):
         fields[name] = tuple(fields[name])
-    return Call(**fields | {"messages": tuple(json.loads(row["messages"]))})
+    fields["messages"] = tuple(json.loads(row["messages"]))
+    return Call(**fields, grammar=row.get("grammar") or "")
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -11,12 +13,14 @@ from langchain_core.messages import HumanMessage
 
 from marft_graph.engine.base import Completion, GenerationRequest, SamplingSettings
 from marft_graph.engine.local import LocalEngine, sample
-from marft_graph.errors import EngineError, PromptTooLongError
+from marft_graph.errors import ConfigError, EngineError, ModelError, PromptTooLongError
 from marft_graph.policy.adapters import Policy
-from marft_graph.policy.logprobs import token_logprobs
-from tests.support import make_agents
+from marft_graph.policy.logprobs import FORBIDDEN, token_logprobs
+from tests.apps import Move
+from tests.support import make_agents, save_random_model
 
 AGENTS = ("reasoner", "actor")
+SCHEMA = json.dumps(Move.model_json_schema())
 
 
 @pytest.fixture
@@ -46,9 +50,22 @@ def recomputed(policy: Policy, request: GenerationRequest, ids: tuple[int, ...])
     with policy.using(request.agent), torch.no_grad():
         states = policy.hidden(sequence)[0, len(request.prompt_ids) - 1 : -1]
         temperature = torch.full((len(ids),), request.sampling.temperature)
+        allowed = policy.grammars.allowed(request.grammar, ids) if request.grammar else None
         return token_logprobs(
-            states, torch.tensor(ids), temperature, policy.logits, policy.vocabulary
+            states, torch.tensor(ids), temperature, policy.logits, policy.vocabulary, allowed
         )[0]
+
+
+def constrained(request: GenerationRequest) -> GenerationRequest:
+    """The same call with room for a `Move` and held to it."""
+    sampling = dataclasses.replace(request.sampling, max_tokens=100)
+    return dataclasses.replace(request, grammar=SCHEMA, sampling=sampling)
+
+
+def mixed_grammars(policy: Policy, count: int) -> list[GenerationRequest]:
+    """`mixed_requests`, every other one constrained."""
+    requests = mixed_requests(policy, count)
+    return [constrained(r) if i % 2 else r for i, r in enumerate(requests)]
 
 
 def test_stored_logprobs_equal_the_recomputation(policy: Policy) -> None:
@@ -148,3 +165,74 @@ def test_sampling_follows_the_distribution() -> None:
     shares = torch.bincount(tokens, minlength=3) / 30_000
     # three standard errors of a share near one half
     assert torch.allclose(shares, torch.softmax(logits[0], -1), atol=0.009)
+
+
+def test_constrained_calls_always_write_what_their_schema_says(policy: Policy) -> None:
+    pytest.importorskip("xgrammar")
+    engine = LocalEngine(policy)
+    requests = [constrained(request) for request in mixed_requests(policy, 42)]
+    completions = [f.result(timeout=60) for f in [engine.submit(r) for r in requests]]
+    engine.close()
+    moves = [Move.model_validate_json(policy.codec.decode(c.ids)) for c in completions]
+    assert {c.finish_reason for c in completions} == {"stop"}
+    assert {move.kind for move in moves} == {"go", "stay"}
+    assert len({move.steps for move in moves}) > 5
+
+
+def test_stored_logprobs_of_constrained_calls_equal_the_recomputation(policy: Policy) -> None:
+    pytest.importorskip("xgrammar")
+    engine = LocalEngine(policy)
+    requests = mixed_grammars(policy, 42)
+    futures = [engine.submit(request) for request in requests]
+    for request, future in zip(requests, futures, strict=True):
+        completion = future.result(timeout=60)
+        assert completion.is_constrained == bool(request.grammar)
+        expected = recomputed(policy, request, completion.ids)
+        assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-4)
+        if request.grammar:  # the quotes and the colons of a Move are certain
+            assert sum(logprob == 0 for logprob in completion.logprobs) > 20
+    engine.close()
+
+
+def test_constrained_neighbours_change_no_free_call(policy: Policy) -> None:
+    pytest.importorskip("xgrammar")
+    engine = LocalEngine(policy)
+    free = mixed_requests(policy, 20)
+    alone = [f.result(timeout=60) for f in [engine.submit(r) for r in free]]
+    together = [
+        f.result(timeout=60) for f in [engine.submit(r) for r in mixed_grammars(policy, 20)]
+    ]
+    engine.close()
+    assert [c.ids for c in together[::2]] == [c.ids for c in alone[::2]]
+
+
+def test_a_schema_that_cannot_be_compiled_is_refused_to_the_caller(policy: Policy) -> None:
+    pytest.importorskip("xgrammar")
+    engine = LocalEngine(policy)
+    request = dataclasses.replace(mixed_requests(policy, 1)[0], grammar='{"type": "wat"}')
+    with pytest.raises(ConfigError, match="xgrammar cannot compile"):
+        engine.submit(request)
+    engine.close()
+
+
+def test_a_schema_that_the_model_cannot_write_fails_its_own_call(tmp_path: Path) -> None:
+    pytest.importorskip("xgrammar")
+    model = save_random_model(tmp_path / "m", without="{")
+    own = Policy.load(str(model), make_agents(AGENTS, model))
+    engine = LocalEngine(own)
+    requests = mixed_grammars(own, 8)
+    futures = [engine.submit(request) for request in requests]
+    for request, future in zip(requests, futures, strict=True):
+        if not request.grammar:
+            assert future.result(timeout=60).ids
+            continue
+        with pytest.raises(ModelError, match=r"no token for what comes next.*'Move'"):
+            future.result(timeout=60)
+    engine.close()
+
+
+def test_rounding_never_draws_a_forbidden_token() -> None:
+    logits = torch.tensor([[0.0, 1.0, FORBIDDEN]])
+    token, logprob = sample(logits, torch.ones(1), torch.ones(1))  # one is out of the range
+    assert token.item() == 1
+    assert logprob.exp().item() == pytest.approx(torch.softmax(logits[0], -1)[1].item())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -18,20 +19,28 @@ from marft_graph.errors import ModelError
 from marft_graph.learn.update import Learner
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.team import Team
+from tests.apps import Move
 
 AGENTS = ("reasoner", "actor")
 
 
-def sampled_episodes(policy: Policy, count: int, temperature: float = 1.0) -> list[Episode]:
-    """Two-call chains from a real engine; every other one is rewarded."""
+def sampled_episodes(
+    policy: Policy, count: int, temperature: float = 1.0, grammar: str = ""
+) -> list[Episode]:
+    """Two-call chains from a real engine; every other one is rewarded.
+
+    `grammar` constrains the actor's calls in two of three episodes.
+    """
     engine = LocalEngine(policy)
-    sampling = SamplingSettings(max_tokens=8, temperature=temperature)
+    free = SamplingSettings(max_tokens=8, temperature=temperature)
     episodes = []
     for e in range(count):
         calls: list[Call] = []
         for k, agent in enumerate(AGENTS):
             prompt = policy.codec.render([HumanMessage("x" * (1 + 3 * (e % 4) + k))])
-            request = GenerationRequest(agent, prompt, sampling, seed=10 * e + k)
+            own = grammar if agent == "actor" and e % 3 else ""
+            sampling = dataclasses.replace(free, max_tokens=100) if own else free
+            request = GenerationRequest(agent, prompt, sampling, seed=10 * e + k, grammar=own)
             completion = engine.submit(request).result(timeout=60)
             calls.append(
                 Call(
@@ -45,6 +54,7 @@ def sampled_episodes(policy: Policy, count: int, temperature: float = 1.0) -> li
                     finish_reason=completion.finish_reason,
                     adapter_version=0,
                     temperature=temperature,
+                    grammar=own,
                 )
             )
         episodes.append(
@@ -80,6 +90,41 @@ def test_every_agent_learns_at_ratio_one(tiny_model: Path, level: str, advantage
         assert stats[agent]["clip_fraction"] == 0.0
         assert stats[agent]["kl"] < 1e-8  # a fresh adapter is the base
         assert {"loss_policy", "entropy", "kl", "clip_fraction"} <= set(stats[agent])
+
+
+@pytest.mark.parametrize("kl_in", ["loss", "reward"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_constrained_and_free_calls_of_one_batch_learn_at_ratio_one(
+    tiny_model: Path, temperature: float, kl_in: str
+) -> None:
+    pytest.importorskip("xgrammar")
+    schema = json.dumps(Move.model_json_schema())
+    policy, own = learner(
+        tiny_model, kl_coef=0.1, kl_in=kl_in, entropy_coef=0.01, importance_cap=2.0, epochs=2
+    )
+    episodes = sampled_episodes(policy, 9, temperature=temperature, grammar=schema)
+    assert {bool(e.calls[1].grammar) for e in episodes} == {True, False}
+    before = weights(policy, "actor")
+    stats = own.update(episodes, iteration=1)["actor"]
+    assert stats["logprob_gap"] < 1e-4  # engine and adapter pass agree
+    assert stats["entropy"] > 0
+    assert all(torch.isfinite(torch.tensor(value)) for value in stats.values())
+    assert not same(before, weights(policy, "actor"))
+
+
+def test_the_reference_pass_is_constrained_too(tiny_model: Path) -> None:
+    pytest.importorskip("xgrammar")
+    schema = json.dumps(Move.model_json_schema())
+    policy, own = learner(tiny_model, advantage="group")
+    episodes = sampled_episodes(policy, 6, grammar=schema)
+    assert own.update(episodes, iteration=1)["actor"]["kl"] < 1e-8  # a fresh adapter is the base
+    # Taken for free calls, the same tokens have other log-probs.
+    freed = [
+        dataclasses.replace(e, calls=tuple(dataclasses.replace(c, grammar="") for c in e.calls))
+        for e in episodes
+    ]
+    policy, own = learner(tiny_model, advantage="group")
+    assert own.update(freed, iteration=1)["actor"]["logprob_gap"] > 0.1
 
 
 def test_equal_rewards_change_nothing(tiny_model: Path) -> None:

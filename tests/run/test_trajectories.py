@@ -33,6 +33,7 @@ def call(index: int = 0, text: str = "seven", **changes: object) -> Call:
         task_id="1f-a",
         step=2,
         seed=2**63 - 1,
+        grammar='{"type": "integer"}',
         started=0.5,
         seconds=0.125,
     )
