@@ -20,12 +20,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 _POLL_SECONDS = 0.002
 _FOREIGN_SETTLE_SECONDS = 0.015
+# A thread that computes is waited for until it has used so much processor time, or so much time by
+# the clock where other processes keep it from the processor.
 _BUSY_LIMIT_SECONDS = 1.0
+_STARVED_LIMIT_SECONDS = 20.0
 
 
 class WorkItem:
@@ -35,6 +39,7 @@ class WorkItem:
         self.future = future
         self.run = run
         self.thread: int | None = None
+        self.native: int | None = None
         self.awaited: Future[Any] | None = None
         self.is_slow = False
 
@@ -76,6 +81,7 @@ class Quiescence:
         with self._changed:
             self._is_idle = is_idle
             self._loop_thread = threading.get_ident()
+            self._loop_item.native = threading.get_native_id()
             self._loop_is_slow = self._loop_is_slow and not is_idle
             self._version += not is_idle
             self._changed.notify_all()
@@ -83,7 +89,7 @@ class Quiescence:
     def item_started(self, item: WorkItem) -> None:
         """A worker thread begins an item."""
         with self._changed:
-            item.thread = threading.get_ident()
+            item.thread, item.native = threading.get_ident(), threading.get_native_id()
             self._items[item.thread] = item
             self._version += 1
 
@@ -127,6 +133,7 @@ class Quiescence:
         """Return once the app is quiet, or has made no progress for the patience."""
         started = last_progress = time.monotonic()
         seen = self._progress()
+        first = dict(seen[1])
         self._probe()
         while True:
             with self._changed:
@@ -140,7 +147,14 @@ class Quiescence:
                 last_progress = now
             if has_foreign and now - last_progress > _FOREIGN_SETTLE_SECONDS:
                 return
-            if now - last_progress > self._patience or now - started > _BUSY_LIMIT_SECONDS:
+            if now - last_progress > self._patience and self._is_starved():
+                last_progress = now
+            used = sum(now_used - first.setdefault(t, now_used) for t, now_used in seen[1].items())
+            if (
+                now - last_progress > self._patience
+                or used > _BUSY_LIMIT_SECONDS
+                or now - started > _STARVED_LIMIT_SECONDS
+            ):
                 self._mark_slow()
                 return
 
@@ -179,13 +193,24 @@ class Quiescence:
             and not self.workers.can_start_more
         )
 
-    def _progress(self) -> tuple[int, float]:
-        """Changes whenever the app does anything: reports to this object, or processor time."""
+    def _progress(self) -> tuple[int, dict[int, float]]:
+        """Changes whenever the app does anything: reports to this object, or processor time.
+
+        The latter in seconds by thread.
+        """
         with self._changed:
             threads = [thread for thread, item in self._items.items() if not item.is_slow]
             if self._is_open and self._loop_thread is not None:
                 threads.append(self._loop_thread)
-            return self._version, sum(map(_processor_seconds, threads))
+            return self._version, {thread: _processor_seconds(thread) for thread in threads}
+
+    def _is_starved(self) -> bool:
+        """Whether a thread that is waited for could go on, if it were given a processor."""
+        with self._changed:
+            watched = [item.native for item in self._items.values() if not item.is_slow]
+            if self._is_open and not self._loop_is_slow:
+                watched.append(self._loop_item.native)
+        return any(_is_runnable(native) for native in watched if native is not None)
 
     def _mark_slow(self) -> None:
         """Do not wait again for what is busy now, until it reports something new."""
@@ -318,3 +343,12 @@ def _processor_seconds(thread: int) -> float:
     if sys.platform == "linux":
         return time.clock_gettime(time.pthread_getcpuclockid(thread))
     return 0.0
+
+
+def _is_runnable(native: int) -> bool:
+    """Whether a thread of this process runs or waits for a processor; False where unknown."""
+    try:
+        stat = Path(f"/proc/self/task/{native}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "R"
