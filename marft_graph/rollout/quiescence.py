@@ -147,7 +147,10 @@ class Quiescence:
                 last_progress = now
             if has_foreign and now - last_progress > _FOREIGN_SETTLE_SECONDS:
                 return
-            if now - last_progress > self._patience and self._is_starved():
+            if now - last_progress > self._patience and (
+                self._is_starved()
+                or (now - started < _BUSY_LIMIT_SECONDS and _holder_may_be_starved())
+            ):
                 last_progress = now
             used = sum(now_used - first.setdefault(t, now_used) for t, now_used in seen[1].items())
             if (
@@ -343,6 +346,19 @@ def _processor_seconds(thread: int) -> float:
     if sys.platform == "linux":
         return time.clock_gettime(time.pthread_getcpuclockid(thread))
     return 0.0
+
+
+def _holder_may_be_starved() -> bool:
+    """Whether any other thread of this process waits for a processor.
+
+    It may hold the interpreter's lock, for which those that are waited for sleep.
+    """
+    own = threading.get_native_id()
+    try:
+        threads = [int(path.name) for path in Path("/proc/self/task").iterdir()]
+    except OSError:
+        return False
+    return any(_is_runnable(native) for native in threads if native != own)
 
 
 def _is_runnable(native: int) -> bool:
