@@ -198,7 +198,7 @@ def workers(chained: bool) -> Any:
 
 
 def gradient_variance(
-    parents: Sequence[Sequence[int]], agents: Sequence[int], seed: int, batches: int = 60
+    parents: Sequence[Sequence[int]], agents: Sequence[int], seed: int, batches: int = 24
 ) -> float:
     """Total variance of the estimated gradient over batches of 32 episodes of tabular workers."""
     generator = torch.Generator().manual_seed(seed)
