@@ -29,7 +29,9 @@ def line_chart(title: str, curves: Sequence[Curve]) -> str:
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
     x_low, x_high, y_low, y_high = min(xs), max(xs), min(0.0, *ys), max(ys)
-    x_span, y_span = (x_high - x_low) or 1.0, (y_high - y_low) or 1.0
+    if y_low == y_high:  # a line at 0, with room above it
+        y_high = 1.0
+    x_span, y_span = (x_high - x_low) or 1.0, y_high - y_low
     plot_width, plot_height = _WIDTH - _LEFT - 8, _HEIGHT - _TOP - _BOTTOM
 
     def at(x: float, y: float) -> str:
