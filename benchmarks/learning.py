@@ -43,9 +43,8 @@ WORKFLOWS = ("math_duo", "math_trio", "debate", "router")
 GOAL = 0.85
 SEEDS = range(10, 15)
 """Settings were chosen with seeds below 10."""
-ITERATIONS = {"math_duo": 30, "math_trio": 20, "debate": 20, "router": 10}
 EVAL_EVERY = {"math_duo": 5, "math_trio": 4, "debate": 3, "router": 2}
-"""Few, so that the whole takes an hour; enough for the default method to level off."""
+"""Iterations between evaluations."""
 METHODS: dict[str, dict[str, Any]] = {
     "group": {},
     "MARFT-A": {"advantage": "gae", "level": "action"},
@@ -78,11 +77,9 @@ class Run:
     def settings(self, iterations: int | None) -> dict[str, Any]:
         """The workflow's own settings, the method's, and those of the benchmark."""
         own = {k: v for k, v in load_target(str(self._path)).settings.items() if k != "dataset"}
-        measured = {
-            "iterations": iterations or ITERATIONS[self.workflow],
-            "eval_every": EVAL_EVERY[self.workflow],
-            "seed": self.seed,
-        }
+        measured = {"eval_every": EVAL_EVERY[self.workflow], "seed": self.seed}
+        if iterations is not None:
+            measured["iterations"] = iterations
         return own | METHODS[self.method] | measured
 
     def graph(self, base_model: str) -> Any:
@@ -349,8 +346,8 @@ def page(results: Sequence[Mapping[str, Any]], picture: Path, folder: Path) -> s
         if any(result["method"] == method for result in results)
     ]
     lengths = ", ".join(
-        f"{count} on {name} (evaluated every {EVAL_EVERY[name]})"
-        for name, count in ITERATIONS.items()
+        f"{Run(name, 'group', 0).settings(None)['iterations']} on {name} (evaluated every {every})"
+        for name, every in EVAL_EVERY.items()
     )
     groups = grouped(results)
     counts = {

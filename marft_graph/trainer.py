@@ -41,7 +41,12 @@ from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team
 from marft_graph.rollout.rewards import Rewards, as_reward_function, mean_parts
 from marft_graph.rollout.runner import check_examples, run_episodes
-from marft_graph.run.checkpoint import latest_checkpoint, prune, write_folder_atomically
+from marft_graph.run.checkpoint import (
+    latest_checkpoint,
+    prune,
+    verify,
+    write_folder_atomically,
+)
 from marft_graph.run.folder import claim_run_folder, describe_run
 from marft_graph.run.health import Health
 from marft_graph.run.report import write_report
@@ -434,7 +439,13 @@ class Trainer:
         best = self._state.best_iteration
         if best is None or best == self.iteration:
             return
-        self._put_back(self.run_dir / "checkpoints" / f"step_{best}")
+        checkpoint = self.run_dir / "checkpoints" / f"step_{best}"
+        try:
+            verify(checkpoint)
+        except CheckpointError as error:
+            logger.warning("staying at the last iteration, for the best checkpoint: %s", error)
+            return
+        self._put_back(checkpoint)
         logger.info("went back to iteration %d, the best held-out return", best)
 
     # Health
@@ -503,7 +514,10 @@ class Trainer:
         self._learner.rate_scale = self._state.rate_scale
         MetricsLog(self.run_dir).truncate(self.iteration)
         for row in read_metrics(self.run_dir):
-            self._health.problem(row)
+            if row.get("collapsed"):
+                self._health.forget()
+            else:
+                self._health.problem(row)
 
 
 def _check_alternate_order(config: TrainConfig, agents: Sequence[str]) -> None:

@@ -86,6 +86,39 @@ def test_it_gives_up_after_so_many_recoveries_and_says_what_was_wrong(
         assert (trainer.run_dir / "report.html").exists()
 
 
+def test_a_collapse_in_the_value_head_does_not_keep_a_run_from_being_resumed(
+    make: Callable[..., Trainer], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figures that are not finite are null in the metrics, which a resumed run reads again."""
+    fit = Learner._update_critic
+
+    def poisoned(self: Learner, agent: str, batch: Any) -> dict[str, float]:
+        stats = fit(self, agent, batch)
+        return stats | ({"loss_value": float("nan")} if poisoning else {})
+
+    poisoning = True
+    monkeypatch.setattr(Learner, "_update_critic", poisoned)
+    settings = config(tiny_model, iterations=1, advantage="gae")
+    with make(config=settings) as trainer:
+        trainer.train(progress=False)
+    assert "loss_value of" in read_metrics(trainer.run_dir)[0]["collapsed"]
+    poisoning = False
+    with make(config=settings.replace(iterations=2), resume=True) as trainer:
+        assert trainer.train(progress=False).iterations == 2
+
+
+def test_a_resumed_run_starts_its_window_of_returns_after_a_collapse(
+    make: Callable[..., Trainer], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {2})
+    with make(config=config(tiny_model, iterations=3, return_floor=0.01)) as trainer:
+        trainer.train(progress=False)
+        whole = list(trainer._health._recent)
+    assert len(whole) == 1  # the third iteration's, after the collapse in the second
+    with make(config=config(tiny_model, iterations=4, return_floor=0.01), resume=True) as trainer:
+        assert list(trainer._health._recent) == whole
+
+
 def test_recoveries_survive_a_resume(
     make: Callable[..., Trainer], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +166,37 @@ def test_the_checkpoint_of_the_best_held_out_return_stays_and_can_be_the_result(
     assert saved(result.run_dir, 5) == saved(result.run_dir, 1)
     state = json.loads((result.run_dir / "checkpoints/step_5/state.json").read_text())
     assert (state["best_iteration"], state["best_return"]) == (1, 0.9)
+
+
+def test_a_best_checkpoint_that_is_damaged_is_named_and_not_put_back(
+    make: Callable[..., Trainer],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scripted_evaluations(monkeypatch, [0.1, 0.9, 0.2, 0.3])
+    with make(config=config(tiny_model, iterations=3, load_best=True)) as trainer:
+        put_back = trainer._put_back_best
+
+        def damaged() -> None:
+            path = trainer.run_dir / "checkpoints" / "step_1" / "adapters" / "actor"
+            (path / "adapter_model.safetensors").write_bytes(b"")
+            put_back()
+
+        monkeypatch.setattr(trainer, "_put_back_best", damaged)
+        result = trainer.train(progress=False)
+    assert result.iterations == 3
+    assert any("step_1 is damaged" in record.message for record in caplog.records)
+
+
+def test_a_run_resumed_at_its_start_still_has_its_whole_patience(
+    make: Callable[..., Trainer], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted_evaluations(monkeypatch, [0.5, 0.5, 0.5, 0.6])
+    with make(config=config(tiny_model, iterations=0)) as trainer:
+        trainer.train(progress=False)
+    with make(config=config(tiny_model, iterations=1, early_stop=1), resume=True) as trainer:
+        assert trainer.train(progress=False).iterations == 1
 
 
 def test_without_a_better_return_training_stops_early(

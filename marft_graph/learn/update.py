@@ -178,7 +178,8 @@ class Learner:
             advantages_N=torch.zeros(offsets[-1]),
             returns_N=torch.zeros(offsets[-1]),
         )
-        if not (is_updated or self.critics or settings.kl_in == "reward"):
+        penalized = settings.kl_in == "reward" and settings.kl_coef > 0
+        if not (is_updated or self.critics or penalized):
             return batch
         for indices in microbatches(calls, settings.microbatch_tokens):
             tokens = batch.tokens(indices)

@@ -31,7 +31,9 @@ class RunState:
     evaluations_since_best: int = 0
 
     def note_evaluation(self, eval_return: float) -> None:
-        """Take the held-out return of the present iteration into account."""
+        """Take the held-out return of the present iteration into account, measured again or not."""
+        if self.iteration == self.best_iteration:
+            return
         if self.best_return is None or eval_return > self.best_return:
             self.best_iteration, self.best_return = self.iteration, eval_return
             self.evaluations_since_best = 0
