@@ -24,9 +24,14 @@ os.environ.update(
     }
 )
 
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 import pytest  # noqa: E402
+
+if TYPE_CHECKING:
+    from marft_graph import Trainer
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +40,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support import save_random_model
 
     return save_random_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def make(tiny_model: Path, tmp_path: Path) -> Callable[..., "Trainer"]:
+    """Makes a Trainer of the duo on the tiny model; every argument can be given instead."""
+    from marft_graph import Trainer
+    from tests.apps import duo
+    from tests.training import EXAMPLES, config, reward
+
+    def build(graph: Any = None, run: str = "run", **given: Any) -> "Trainer":
+        options = {
+            "train_dataset": EXAMPLES,
+            "eval_dataset": EXAMPLES[:4],
+            "reward": reward,
+            "config": config(tiny_model),
+            "run_dir": tmp_path / run,
+            **given,
+        }
+        return Trainer(duo() if graph is None else graph, **options)
+
+    return build

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from marft_graph import Trainer
 from marft_graph.agents import Agent, agents_of
 from marft_graph.config import TrainConfig
 
@@ -63,3 +64,11 @@ def save_random_model(
 def make_agents(names: Sequence[str], model: Path, **settings: object) -> tuple[Agent, ...]:
     """Agents on one base model with the default settings, or others."""
     return agents_of(names, TrainConfig(base_model=str(model), **settings))
+
+
+def weights(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
+    """A copy of every adapter's weights."""
+    return {
+        agent: [parameter.detach().clone() for parameter in trainer.team.parameters(agent)]
+        for agent in trainer.team.agents
+    }

@@ -18,16 +18,14 @@ from marft_graph.evaluation import evaluate_export
 from marft_graph.run.overlay import overlays
 from marft_graph.run.tracking import read_metrics
 from tests.apps import duo
-from tests.support import save_random_model
-from tests.test_trainer import EXAMPLES, config, make, reward
-
-__all__ = ["make"]  # the fixture
+from tests.support import save_random_model, weights
+from tests.training import EXAMPLES, config, reward
 
 SHARED = {"planner": {"adapter": "team"}, "actor": {"adapter": "team"}}
 
 
 def moved(trainer: Trainer, before: dict[str, list[torch.Tensor]]) -> set[str]:
-    after = trainer.team.weights()
+    after = weights(trainer)
     return {
         agent
         for agent in before
@@ -60,12 +58,12 @@ def test_a_learning_rate_of_its_own_moves_a_node_by_as_much(
 ) -> None:
     own = {"planner": {"learning_rate": 1e-6}}
     with make(config=config(tiny_model, iterations=1, per_node=own)) as trainer:
-        before = trainer.team.weights()
+        before = weights(trainer)
         trainer.train(progress=False)
         steps = {
             agent: max(
                 (a - b).abs().max().item()
-                for a, b in zip(before[agent], trainer.team.weights()[agent], strict=True)
+                for a, b in zip(before[agent], weights(trainer)[agent], strict=True)
             )
             for agent in before
         }
@@ -129,7 +127,7 @@ def test_different_bases_are_loaded_once_each_and_serve_their_nodes(
         assert len(trainer.team.policies) == 2
         assert trainer.team.of("actor") is not trainer.team.of("planner")
         assert trainer.team.of("actor").codec.context_length == 128
-        before = trainer.team.weights()
+        before = weights(trainer)
         result = trainer.train(progress=False)
         assert moved(trainer, before) == {"planner", "actor"}
     rows = read_metrics(result.run_dir)
@@ -158,9 +156,9 @@ def test_an_adapter_of_an_earlier_run_is_continued(
 ) -> None:
     with make(run="first") as trainer:
         first = trainer.train(progress=False)
-        trained = trainer.team.weights()
+        trained = weights(trainer)
     with make(run="second", config=config(tiny_model, start_from=str(first.export))) as trainer:
-        started = trainer.team.weights()
+        started = weights(trainer)
         assert all(
             torch.equal(a, b)
             for agent in trained

@@ -16,9 +16,8 @@ from marft_graph.errors import TrainingCollapsedError
 from marft_graph.evaluation import Evaluation
 from marft_graph.learn.update import Learner
 from marft_graph.run.tracking import read_metrics
-from tests.test_trainer import EXAMPLES, config, make, reward
-
-__all__ = ["make"]  # the fixture
+from tests.support import weights
+from tests.training import EXAMPLES, config, reward
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, iterations: set[int]) -> None:
@@ -48,9 +47,7 @@ def test_a_loss_that_is_not_finite_puts_the_last_good_checkpoint_back(
     settings = config(tiny_model, iterations=4, checkpoint_every=1, keep_checkpoints=9)
     with make(config=settings) as trainer, caplog.at_level(logging.WARNING):
         result = trainer.train(progress=False)
-        assert all(
-            bool(torch.isfinite(p).all()) for own in trainer.team.weights().values() for p in own
-        )
+        assert all(bool(torch.isfinite(p).all()) for own in weights(trainer).values() for p in own)
     rows = read_metrics(result.run_dir)
     assert [row["collapsed"] is None for row in rows] == [True, True, False, True]
     assert "the policy loss is nan" in rows[2]["collapsed"]
@@ -246,9 +243,9 @@ def test_an_iteration_without_anything_to_learn_from_changes_nothing(
 ) -> None:
     settings = config(tiny_model, iterations=1, filter_rounds=1)
     with make(config=settings, reward=lambda example, state: 1.0) as trainer:
-        before = trainer.team.weights()
+        before = weights(trainer)
         result = trainer.train(progress=False)
-        after = trainer.team.weights()
+        after = weights(trainer)
     assert all(torch.equal(a, b) for k in before for a, b in zip(before[k], after[k], strict=True))
     (row,) = read_metrics(result.run_dir)
     assert row["episodes"] == row["episodes_filtered"] == 2 * 2 * 4

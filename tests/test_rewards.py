@@ -27,8 +27,8 @@ from marft_graph.rewards import (
     length_penalty,
     matches,
     math_equal,
+    maths,
 )
-from marft_graph.rollout import math_check
 from marft_graph.rollout.runner import run_episodes
 from marft_graph.run.tracking import read_metrics
 from tests.apps import duo
@@ -315,7 +315,7 @@ def test_a_reward_model_gives_each_text_the_score_it_has_alone(scorer, pad):
 
 
 def test_a_reward_model_batches_what_concurrent_episodes_ask(engine, scorer, monkeypatch):
-    monkeypatch.setattr("marft_graph.rollout.reward_model._GATHER_SECONDS", 0.2)
+    monkeypatch.setattr("marft_graph.rewards.model._GATHER_SECONDS", 0.2)
     folder = scorer()
     reward = RewardModel(folder, lambda example, state: state["a"], device="cpu", batch_size=8)
     episodes = play(engine, reward, 24)
@@ -459,6 +459,6 @@ def test_maths_is_compared_from_many_threads(engine):
 
 
 def test_without_math_verify_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(math_check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(maths.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'marft-graph\[math\]'"):
         math_equal("1", "1")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from langchain_core.language_models.chat_models import BaseChatModel
 
-from marft_graph import TrainConfig, Trainer
+from marft_graph import Trainer
 from marft_graph.errors import (
     CheckpointError,
     ConfigError,
@@ -26,50 +26,14 @@ from marft_graph.errors import (
 )
 from marft_graph.run.tracking import read_evaluations, read_metrics
 from tests.apps import duo, voters
-
-EXAMPLES = [{"question": "q" * (1 + i % 5), "answer": str(i)} for i in range(12)]
-
-
-def reward(example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
-    """More for answers with more low letters: noisy, but different within a group."""
-    return sum(char < "k" for char in state["answer"]) / 10
-
-
-def config(model: Path, **changes: Any) -> TrainConfig:
-    settings = {
-        "base_model": str(model),
-        "iterations": 2,
-        "examples_per_iteration": 2,
-        "group_size": 4,
-        "max_new_tokens": 6,
-        "learning_rate": 1e-3,
-        "advantage": "group",
-        "eval_every": 1,
-        "device": "cpu",
-    }
-    return TrainConfig(**{**settings, **changes})
-
-
-@pytest.fixture
-def make(tiny_model: Path, tmp_path: Path) -> Callable[..., Trainer]:
-    def build(graph: Any = None, run: str = "run", **given: Any) -> Trainer:
-        options = {
-            "train_dataset": EXAMPLES,
-            "eval_dataset": EXAMPLES[:4],
-            "reward": reward,
-            "config": config(tiny_model),
-            "run_dir": tmp_path / run,
-            **given,
-        }
-        return Trainer(duo() if graph is None else graph, **options)
-
-    return build
+from tests.support import weights
+from tests.training import config, reward
 
 
 def adapters(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {
         f"{agent}/{i}": parameter.detach().clone()
-        for agent, parameters in trainer.team.weights().items()
+        for agent, parameters in weights(trainer).items()
         for i, parameter in enumerate(parameters)
     }
 
@@ -167,8 +131,8 @@ def test_resuming_gives_the_uninterrupted_run(
         )
         assert rest.iteration == 2
         result = rest.train(progress=False)
-        for name, weights in adapters(whole).items():
-            assert torch.equal(weights, adapters(rest)[name])
+        for name, expected_weights in adapters(whole).items():
+            assert torch.equal(expected_weights, adapters(rest)[name])
         last = [without_times(read_metrics(r.run_dir))[-1] for r in (expected, result)]
         assert last[0] == last[1]
 

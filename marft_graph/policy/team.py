@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from marft_graph.agents import Agent
@@ -78,10 +77,3 @@ class Team:
     def parameters(self, agent: str) -> list[nn.Parameter]:
         """An agent's adapter weights."""
         return self.of(agent).adapter_parameters[agent]
-
-    def weights(self) -> dict[str, list[torch.Tensor]]:
-        """A copy of every adapter's weights."""
-        return {
-            agent: [parameter.detach().clone() for parameter in self.parameters(agent)]
-            for agent in self.agents
-        }

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from marft_graph import Episode, FakeEngine, compile_graph, run_episodes
+from marft_graph import Episode, FakeEngine, compile_graph
 from marft_graph.workflow import load_target
+from tests.workflows.play import play
 from workflows.debate import task
 from workflows.debate.graph import NO_AGREEMENT
 
@@ -17,16 +18,7 @@ EXAMPLE = {"question": "7+5", "answer": "12"}
 
 def run(first: str, second: str, ruling: str) -> Episode:
     engine = FakeEngine({"debater_a": first, "debater_b": second, "judge": ruling})
-    workflow = load_target(str(FOLDER))
-    assert workflow.reward is not None
-    try:
-        return run_episodes(workflow.graph, [EXAMPLE], engine=engine, reward=workflow.reward)[0]
-    finally:
-        engine.close()
-
-
-def test_the_app_never_imports_marft_graph() -> None:
-    assert "marft" not in (FOLDER / "graph.py").read_text(encoding="utf-8").lower()
+    return play(FOLDER, EXAMPLE, engine)
 
 
 def test_the_debaters_are_parallel_and_the_judge_observes_both() -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from marft_graph import Episode, FakeEngine, compile_graph, run_episodes
+from marft_graph import Episode, FakeEngine, compile_graph
 from marft_graph.workflow import load_target
+from tests.workflows.play import play
 from workflows.math_trio import task
 from workflows.math_trio.graph import MAX_ROUNDS
 
@@ -17,16 +18,7 @@ EXAMPLE = {"question": "7 eggs here, 5 there. How many does Ann see?", "answer":
 
 def run(actor: list[str], verifier: list[str]) -> Episode:
     engine = FakeEngine({"reasoner": "7+5", "actor": actor, "verifier": verifier})
-    workflow = load_target(str(FOLDER))
-    assert workflow.reward is not None
-    try:
-        return run_episodes(workflow.graph, [EXAMPLE], engine=engine, reward=workflow.reward)[0]
-    finally:
-        engine.close()
-
-
-def test_the_app_never_imports_marft_graph() -> None:
-    assert "marft" not in (FOLDER / "graph.py").read_text(encoding="utf-8").lower()
+    return play(FOLDER, EXAMPLE, engine)
 
 
 def test_the_three_agents_form_a_loop() -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from marft_graph import Episode, FakeEngine, compile_graph, run_episodes
+from marft_graph import Episode, FakeEngine, compile_graph
 from marft_graph.workflow import load_target
+from tests.workflows.play import play
 from workflows.router import task
 from workflows.router.graph import NOBODY
 
@@ -17,16 +18,7 @@ EXAMPLE = {"question": "Write cat backwards.", "answer": "tac"}
 
 def run(name: str) -> Episode:
     engine = FakeEngine({"router": name, "sum": "3", "reverse": "tac", "upper": "CAT"})
-    workflow = load_target(str(FOLDER))
-    assert workflow.reward is not None
-    try:
-        return run_episodes(workflow.graph, [EXAMPLE], engine=engine, reward=workflow.reward)[0]
-    finally:
-        engine.close()
-
-
-def test_the_app_never_imports_marft_graph() -> None:
-    assert "marft" not in (FOLDER / "graph.py").read_text(encoding="utf-8").lower()
+    return play(FOLDER, EXAMPLE, engine)
 
 
 def test_specialists_observe_the_router_and_not_each_other() -> None:

@@ -74,7 +74,7 @@ class _Worker:
     def __init__(self) -> None:
         paths = os.pathsep.join(path for path in sys.path if path)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "marft_graph.rollout.math_check"],
+            [sys.executable, "-P", "-m", "marft_graph.rewards.maths"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

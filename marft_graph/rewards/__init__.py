@@ -23,11 +23,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from marft_graph.errors import ConfigError
-from marft_graph.rollout.math_check import math_equal
+from marft_graph.rewards.maths import math_equal
 from marft_graph.rollout.rewards import CombinedReward, RewardFunction, Rewards, combine
 
 if TYPE_CHECKING:
-    from marft_graph.rollout.reward_model import RewardModel
+    from marft_graph.rewards.model import RewardModel
 
 __all__ = [
     "CombinedReward",
@@ -116,7 +116,7 @@ def _refuse_constant(name: str) -> float:
 def __getattr__(name: str) -> Any:
     # Imported when first used: most rewards need no torch.
     if name == "RewardModel":
-        from marft_graph.rollout.reward_model import RewardModel
+        from marft_graph.rewards.model import RewardModel
 
         return RewardModel
     raise AttributeError(f"module 'marft_graph.rewards' has no attribute {name!r}")
