@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -34,10 +33,9 @@ from marft_graph.agents import Agent
 from marft_graph.errors import ConfigError, ModelError
 from marft_graph.policy.chat import TokenizerCodec
 from marft_graph.policy.grammar import Grammars
+from marft_graph.policy.lora import BASE, LoraLayers
 
 Quantization = Literal["none", "4bit"]
-BASE = "__base__"
-"""PEFT's name for rows that no adapter touches."""
 # PEFT mistakes adapter names that are part of its own prefix `lora_`, such as "a", for weights.
 _PREFIX = "node-"
 
@@ -59,13 +57,10 @@ class Policy:
         self.config = base.config.get_text_config()
         self._decoder = base.get_decoder()
         self._lm_head = base.get_output_embeddings()
-        self._row_agents: list[str] | None = None
         self._checkpointed: list[nn.Module] = []
-        # Which adapters are in use is a state of the one model: one user at a time.
+        self._lora = LoraLayers(model)
+        # Which adapter a whole batch uses is a state of the one model: one user at a time.
         self._in_use = threading.RLock()
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer) and isinstance(layer, nn.Module):
-                layer.register_forward_pre_hook(self._name_rows, with_kwargs=True)
         model.eval()
         self._check_head(base)
 
@@ -232,13 +227,18 @@ class Policy:
 
     @contextlib.contextmanager
     def using_rows(self, agents: Sequence[str | None]) -> Iterator[None]:
-        """Run batches whose row i is under `agents[i]`'s adapter (None: the base); no gradients."""
-        with self._in_use, torch.no_grad():
-            self._row_agents = [BASE if agent is None else _PREFIX + agent for agent in agents]
-            try:
-                yield
-            finally:
-                self._row_agents = None
+        """Run batches whose row i is under `agents[i]`'s adapter (None: the base); no gradients.
+
+        Rows see the adapters as they were when `publish` was called last.
+        """
+        names = [BASE if agent is None else _PREFIX + agent for agent in agents]
+        lock = self._in_use if self._lora.is_shared_state else contextlib.nullcontext()
+        with lock, torch.no_grad(), self._lora.rows(names):
+            yield
+
+    def publish(self) -> None:
+        """Let rows use the adapters as they are now."""
+        self._lora.publish()
 
     def save_adapter(self, agent: str, folder: Path) -> None:
         """Write one adapter in PEFT format (safetensors) into `folder`."""
@@ -272,15 +272,6 @@ class Policy:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(saved[name])
-
-    def _name_rows(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # PEFT's own way to mix adapters in a batch, without adding and removing a hook per layer
-        # and forward pass.
-        if self._row_agents is None:
-            return None
-        return args, {**kwargs, "adapter_names": self._row_agents}
 
     def _check_head(self, base: PreTrainedModel) -> None:
         """Refuse a model whose logits are not head(hidden): its log-probs would be wrong."""
