@@ -161,6 +161,14 @@ class Policy:
         """Number of logits."""
         return int(self._lm_head.weight.shape[0])
 
+    @cached_property
+    def attention_cost(self) -> float:
+        """Work of attention between two tokens, in units of all other work for one token."""
+        base = _base_of(self.model)
+        layers, width = int(self.config.num_hidden_layers), int(self.config.hidden_size)
+        own: int = base.num_parameters(exclude_embeddings=True)
+        return 2 * layers * width / max(1, own)
+
     @property
     def end_ids(self) -> frozenset[int]:
         """Token ids that end a completion."""
@@ -186,12 +194,20 @@ class Policy:
             module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)
         ]
 
-    def hidden(self, ids_BT: Tensor, **inputs: Any) -> Tensor:
+    def hidden(self, ids_BT: Tensor, *, is_seen_BTT: Tensor | None = None, **inputs: Any) -> Tensor:
         """Last hidden states (B, T, H) of right-padded ids, under the adapters now in use.
 
-        Causal attention never looks right, so padding after a row's end changes none of its states.
+        `is_seen_BTT` says which tokens (third axis) a token (second) attends to; None: all before
+        it. Causal attention never looks right, so padding after a row's end changes none of its
+        states.
         """
         inputs.setdefault("use_cache", False)
+        if is_seen_BTT is not None:
+            # Added to the scores: on CPU a mask of booleans costs half as much again.
+            dtype = self._lm_head.weight.dtype
+            hidden = torch.zeros(is_seen_BTT.shape, dtype=dtype, device=is_seen_BTT.device)
+            hidden.masked_fill_(~is_seen_BTT, torch.finfo(dtype).min)
+            inputs["attention_mask"] = hidden.unsqueeze(1)
         states: Tensor = self._decoder(input_ids=ids_BT, **inputs).last_hidden_state
         return states
 
