@@ -8,6 +8,7 @@ flat axis N, in the order of its calls, so that nothing is ever masked there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from torch import Tensor
 from marft_graph.episode import Call
 from marft_graph.policy.grammar import Grammars
 from marft_graph.policy.rows import Row, lay_out, padded_ids, positions, seen
+
+_BATCH_TOKENS = 256
+"""What a batch costs besides its tokens, in tokens; measured on a small model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +50,10 @@ class CallBatch:
 def microbatches(
     calls: Sequence[Call], max_tokens: int, *, quadratic: float = 0.0
 ) -> Iterator[list[Row]]:
-    """Rows of calls, longest first, cut so that a padded batch has at most `max_tokens`.
+    """Rows of calls, cut into batches of rows of about one length, the longest first.
 
-    A row's members are indices of calls; which of them share one, see `lay_out`. A call longer than
-    `max_tokens` is a batch of its own.
+    A padded batch has at most `max_tokens`; a call longer than that is a batch of its own. A row's
+    members are indices of calls; which of them share one, and `quadratic`, see `lay_out`.
 
     >>> def call(*prompt: int) -> Call:
     ...     return Call("a", "a", 0, (), prompt, (0,), (0.0,), "stop", 0)
@@ -61,10 +65,27 @@ def microbatches(
     rows = lay_out(sequences, max_tokens, quadratic=quadratic)
     rows.sort(key=lambda row: (-row.length, row.members[0]))
     start = 0
-    while start < len(rows):
-        count = max(1, max_tokens // rows[start].length)
-        yield rows[start : start + count]
-        start += count
+    for end in _cuts([row.length for row in rows], max_tokens, quadratic):
+        yield rows[start:end]
+        start = end
+
+
+def _cuts(lengths: Sequence[int], max_tokens: int, quadratic: float) -> list[int]:
+    """Where to end batches of rows, which are sorted, so that padding and batches cost least."""
+    least = [0.0] + [math.inf] * len(lengths)
+    """Cost of the first so many rows."""
+    begin = [0] * (len(lengths) + 1)
+    """Where the last batch of the first so many rows begins."""
+    for start, longest in enumerate(lengths):
+        row = longest + quadratic * longest**2
+        for count in range(1, max(1, min(max_tokens // longest, len(lengths) - start)) + 1):
+            cost = least[start] + _BATCH_TOKENS + count * row
+            if cost < least[start + count]:
+                least[start + count], begin[start + count] = cost, start
+    cuts = [len(lengths)] if lengths else []
+    while cuts and begin[cuts[-1]] > 0:
+        cuts.append(begin[cuts[-1]])
+    return cuts[::-1]
 
 
 def collate(calls: Sequence[Call], rows: Sequence[Row], device: torch.device) -> CallBatch:
