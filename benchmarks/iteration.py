@@ -4,8 +4,8 @@
 
 64 episodes of a chain of agents: sampling, scoring and one update of every adapter. On the tiny
 base with short prompts and answers of 8 tokens; and on a random model with a vocabulary of 32,000,
-prompts of 128 tokens and answers of 32. Both have a critic. Peak memory is that of one process each,
-with four agents, less what Python and the libraries take before any model is loaded.
+prompts of 128 tokens and answers of 32. Both have a critic. Peak memory is that of one process
+each, with four agents, less what Python and the libraries take before any model is loaded.
 """
 
 from __future__ import annotations

@@ -104,7 +104,15 @@ class ReferencePattern:
             rows.append(torch.stack(picked))
         return torch.stack(rows)
 
-    def _update(self, agent: str, ids: Tensor, start: int, old: Tensor, advantages: Tensor) -> None:
+    def _update(
+        self,
+        agent: str,
+        ids: Tensor,
+        start: int,
+        old: Tensor,
+        advantages: Tensor,
+        returns: Tensor,
+    ) -> None:
         optimizer = self._optimizers[agent]
         for first in range(0, len(ids), self._minibatch):
             part = slice(first, first + self._minibatch)
