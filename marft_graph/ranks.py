@@ -1,0 +1,96 @@
+"""Processes that train together, as `accelerate launch` starts them: data parallelism.
+
+Every process has the models and comes to the same decisions. Each runs a share of the episodes and
+of every step's calls; episodes are exchanged, gradients added up. One process is the same with
+nothing to exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from marft_graph.errors import DistributedError, MarftError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among those that train together."""
+
+    def __init__(self) -> None:
+        state = PartialState()
+        self.index: int = state.process_index
+        self.count: int = state.num_processes
+        self._device = state.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what the run leaves behind."""
+        return self.index == 0
+
+    def share(self, count: int) -> range:
+        """This process's part of so many things: neighbours, sizes that differ by one at most."""
+        return range(
+            self.index * count // self.count,
+            (self.index + 1) * count // self.count,
+        )
+
+    def together(self, work: Callable[[], Sequence[T]]) -> list[T]:
+        """What all processes made, that of the first one first; an error of one is raised in all.
+
+        Raises:
+            DistributedError: another process failed; the message has its error.
+            MarftError: this process failed.
+        """
+        if self.count == 1:
+            return list(work())
+        own: tuple[list[T], str | None] = ([], None)
+        failure: MarftError | None = None
+        try:
+            own = (list(work()), None)
+        except MarftError as error:
+            failure, own = error, ([], f"{type(error).__name__}: {error}")
+        parts: list[Any] = [None] * self.count
+        dist.all_gather_object(parts, own)
+        if failure is not None:
+            raise failure
+        for rank, (_, problem) in enumerate(parts):
+            if problem is not None:
+                raise DistributedError(f"process {rank} failed: {problem}")
+        return [item for items, _ in parts for item in items]
+
+    def any(self, is_true: bool) -> bool:
+        """Whether something is so in any process."""
+        return any(self.together(lambda: [is_true]))
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all processes."""
+        if self.count == 1:
+            return tensor
+        total = tensor.to(self._device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    @torch.no_grad()
+    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give every parameter the sum of its gradients over all processes."""
+        if self.count == 1:
+            return
+        owned = list(parameters)
+        flat = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in owned]
+        )
+        dist.all_reduce(flat)
+        for parameter, total in zip(owned, flat.split([p.numel() for p in owned]), strict=True):
+            parameter.grad = total.view_as(parameter).clone()
+
+    def wait(self) -> None:
+        """Return once every process is here."""
+        if self.count > 1:
+            dist.barrier()
