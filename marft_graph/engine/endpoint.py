@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ _KEEPALIVE_SECONDS = 2.0
 # vLLM writes this for a log-prob of minus infinity.
 _LOWEST_LOGPROB = -9999.0
 _EXCERPT = 200
+# Mean distance in nats of the likeliest tokens' log-probs: bfloat16 stays far below, another model
+# goes far beyond.
+_MODEL_TOLERANCE = 0.5
 
 
 class ServerFailure(EngineError):
@@ -75,6 +78,14 @@ class Prompt:
     """Tokens that end a completion."""
     vocabulary: int
     """Token ids are below it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A prompt, and what the base that is trained says next: a log-prob for every token."""
+
+    ids: tuple[int, ...]
+    logprobs: Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,28 +204,45 @@ class Endpoint:
         except ValueError as error:
             raise self._bad(str(error), answer) from error
 
-    async def scales_logprobs(self, model: str, prompt_ids: Sequence[int]) -> bool:
+    async def probe(self, model: str, probe: Probe) -> bool:
         """Whether the server's log-probs are those at the call's temperature, or always at 1.
 
         Dividing logits by 2 halves the distances between log-probs.
 
         Raises:
             ServerFailure: it does not answer as it should.
+            ServerRefusal: its model is not the one that is trained.
         """
-        distances = []
-        for temperature in (1.0, 2.0):
-            sampling = SamplingSettings(temperature, max_tokens=1)
-            body = completion_body(model, Prompt(tuple(prompt_ids), sampling, 0, (), 0))
-            body |= {"logprobs": 5, "return_tokens_as_token_ids": True}
-            response = await self._send("POST", "/v1/completions", body, timeout=self._timeout)
-            answer = self._json(response)
-            try:
-                (tops,) = answer["choices"][0]["logprobs"]["top_logprobs"]
-                values = sorted(tops.values())
-                distances.append(values[-1] - values[0])
-            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-                raise self._bad("a token with its five likeliest neighbours", answer) from error
-        return bool(distances[1] < 0.75 * distances[0])
+        first = await self._likeliest(model, probe.ids, temperature=1.0)
+        own = [probe.logprobs[token] for token in first if token < len(probe.logprobs)]
+        far = [abs(a - b) for a, b in zip(own, first.values(), strict=False)]
+        if len(own) < len(first) or sum(far) > _MODEL_TOLERANCE * len(far):
+            raise ServerRefusal(
+                f"{self.url} serves another model than base_model: after the same "
+                f"{len(probe.ids)} tokens the log-probs of {list(first)} are "
+                f"{_rounded(first.values())} there and {_rounded(own)} here"
+            )
+        second = await self._likeliest(model, probe.ids, temperature=2.0)
+        distance = max(first.values()) - min(first.values())
+        return max(second.values()) - min(second.values()) < 0.75 * distance
+
+    async def _likeliest(
+        self, model: str, ids: Sequence[int], *, temperature: float
+    ) -> dict[int, float]:
+        """The likeliest next tokens with their log-probs."""
+        sampling = SamplingSettings(temperature, max_tokens=1)
+        body = completion_body(model, Prompt(tuple(ids), sampling, 0, (), 0))
+        body |= {"logprobs": 5, "return_tokens_as_token_ids": True}
+        response = await self._send("POST", "/v1/completions", body, timeout=self._timeout)
+        answer = self._json(response)
+        try:
+            (tops,) = answer["choices"][0]["logprobs"]["top_logprobs"]
+            found = {int(name.removeprefix("token_id:")): float(x) for name, x in tops.items()}
+            if len(found) < 2:
+                raise ValueError("too few")
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise self._bad("a token and the five likeliest ones", answer) from error
+        return found
 
     async def _send(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout: float
@@ -314,6 +342,10 @@ def _is_logprob(value: Any) -> bool:
     """Whether it is a number that the log-prob of a sampled token can be, up to rounding."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and math.isfinite(value) and _LOWEST_LOGPROB < value < 1e-3
+
+
+def _rounded(values: Iterable[float]) -> list[float]:
+    return [round(value, 2) for value in values]
 
 
 def _excerpt(answer: Any) -> str:

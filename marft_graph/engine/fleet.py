@@ -17,6 +17,7 @@ from marft_graph.engine.endpoint import (
     Adapter,
     Answer,
     Endpoint,
+    Probe,
     ServerFailure,
     UnknownModel,
 )
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 _STRIKES = 3
 """Unusable answers in a row after which a server is left alone for a while."""
 _LEAST_DELAY, _LEAST_REST, _MOST_REST = 0.1, 1.0, 60.0
-_PROBE_PROMPT = tuple(range(1, 9))
 
 
 @dataclass(eq=False, slots=True)
@@ -90,9 +90,11 @@ class Fleet:
         self._changed = changed
         self._adapters: dict[str, Adapter] = {}
         self._deadline: asyncio.TimerHandle | None = None
+        self._probe = Probe((), ())
 
-    async def watch(self) -> None:
-        """Keep the servers' states true, for ever."""
+    async def watch(self, probe: Probe) -> None:
+        """Keep the servers' states true, for ever; `probe` tells whether they serve the base."""
+        self._probe = probe
         self._start_deadline()
         await asyncio.gather(*(self._watch_one(server) for server in self.servers))
 
@@ -191,9 +193,7 @@ class Fleet:
             await server.endpoint.unload(name, self._probe_timeout)  # it was away when they ended
         server.adapters = set(models.adapters)
         if not server.has_served:
-            server.scales_logprobs = await server.endpoint.scales_logprobs(
-                server.base, _PROBE_PROMPT
-            )
+            server.scales_logprobs = await server.endpoint.probe(server.base, self._probe)
         await self._give_adapters(server)
         server.has_served = True
         if server.process is not None:

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from marft_graph.engine.endpoint import Adapter, Answer, Prompt, ServerFailure
+from marft_graph.engine.endpoint import Adapter, Answer, Probe, Prompt, ServerFailure
 from marft_graph.engine.fleet import Fleet, Server
 from marft_graph.errors import ConfigError, EngineError, MarftError, PromptTooLongError
 
@@ -49,14 +49,18 @@ class ServerPool:
         )
         self._in_flight = in_flight
         self._retries = 0
+        self._probe = Probe((), ())
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="marft-vllm", daemon=True)
         self._is_closed = False
 
-    def start(self) -> None:
-        """Begin to look after the servers; those of ours are started."""
+    def start(self, probe: Probe) -> None:
+        """Begin to look after the servers; those of ours are started, those that do not serve the
+        base that `probe` was made with are not used.
+        """
+        self._probe = probe
         self._thread.start()
 
     def submit(self, adapter: Adapter, prompt: Prompt) -> Future[Answer]:
@@ -112,7 +116,7 @@ class ServerPool:
 
     def _run(self) -> None:
         try:
-            self._spawn(self._fleet.watch())
+            self._spawn(self._fleet.watch(self._probe))
             self._loop.run_forever()
         finally:
             self._loop.run_until_complete(self._end())

@@ -180,7 +180,7 @@ def require_vllm(python: str) -> str:
         ConfigError: there is no such program, or none is named and vLLM is not installed here.
     """
     if python:
-        found = shutil.which(python)
+        found = shutil.which(os.path.expanduser(python))
         if found is None:
             raise ConfigError(
                 f"vllm_python is {python!r}, which is no program; it must be the Python of the "

@@ -24,12 +24,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
+from langchain_core.messages import HumanMessage
 from safetensors.torch import load_file, save_file
 
 from marft_graph.agents import Agent
 from marft_graph.config import TrainConfig
 from marft_graph.engine.base import ChatCodec, Completion, GenerationRequest
-from marft_graph.engine.endpoint import Adapter, Answer, Endpoint, Prompt
+from marft_graph.engine.endpoint import Adapter, Answer, Endpoint, Probe, Prompt
 from marft_graph.engine.fleet import Server
 from marft_graph.engine.pool import ServerPool
 from marft_graph.engine.server import ServerProcess, require_vllm, server_command
@@ -101,7 +102,7 @@ class VllmEngine:
         if not self._is_started:
             self._is_started = True
             shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
-            self._pool.start()
+            self._pool.start(base_probe(self._policy))
         # A version may be published twice with other weights, after a collapse say.
         mark = secrets.token_hex(4)
         new = _Publication(version, self._folder / f"v{version}-{mark}")
@@ -260,6 +261,15 @@ def vllm_engine(
     )
     pool = ServerPool(servers, in_flight=config.max_batch_size, patience=config.engine_patience)
     return VllmEngine(policy, pool, run_dir / "served_adapters")
+
+
+def base_probe(policy: Policy) -> Probe:
+    """A prompt, and the log-probs of the policy's base for the token after it."""
+    ids = policy.codec.render([HumanMessage("What is 12 plus 30?")])
+    with policy.using(None), torch.no_grad():
+        states = policy.hidden(torch.tensor([ids], device=policy.device))
+        logprobs = policy.logits(states[0, -1:]).float().log_softmax(-1)
+    return Probe(ids, logprobs[0].tolist())
 
 
 def check_engine_settings(config: TrainConfig) -> None:

@@ -35,6 +35,7 @@ class StandIn:
         self.api_key = ""
         self.context = 256
         self.scales_logprobs = True
+        self.likeliest = {k: -1.0 - k for k in range(5)}
         self.adapters_at_run_time = adapters_at_run_time
         self.running = self.most_running = self.abandoned = 0
         self.goes_on = threading.Event()
@@ -86,9 +87,8 @@ class StandIn:
         logprobs: dict[str, Any] = {"token_logprobs": [-rng.random() for _ in ids]}
         if asked["logprobs"]:
             scale = asked["temperature"] if self.scales_logprobs else 1.0
-            logprobs["top_logprobs"] = [
-                {f"token_id:{k}": -k / scale for k in range(5)} for _ in ids
-            ]
+            tops = {f"token_id:{k}": value / scale for k, value in self.likeliest.items()}
+            logprobs["top_logprobs"] = [tops for _ in ids]
         choice = {
             "index": 0,
             "text": "",

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from marft_graph.engine.base import SamplingSettings
-from marft_graph.engine.endpoint import Adapter, Endpoint, Prompt, ServerRefusal
+from marft_graph.engine.endpoint import Adapter, Endpoint, Probe, Prompt, ServerRefusal
 from marft_graph.engine.fleet import Server
 from marft_graph.engine.pool import ServerPool
 from marft_graph.errors import ConfigError, EngineError, PromptTooLongError
 from tests.engine.stand_in import StandIn
 
 ACTOR = Adapter("actor@v1", Path("/adapters/actor"))
+PROBE = Probe((1, 2, 3), [-1.0 - k for k in range(262)])  # as the stand-in says
 WAIT = 60
 Make = Callable[..., ServerPool]
 
@@ -47,7 +48,7 @@ def make() -> Iterator[Make]:
         endpoints = [Endpoint(s.url, api_key=key, timeout=timeout) for s in servers]
         settings = {"patience": 30.0, "probe_seconds": 0.5, **settings}
         pools.append(ServerPool([Server(endpoint) for endpoint in endpoints], **settings))
-        pools[-1].start()
+        pools[-1].start(PROBE)
         return pools[-1]
 
     yield build
@@ -318,6 +319,24 @@ def test_logprobs_at_another_temperature_than_the_calls_are_refused(
         pool.submit(ACTOR, prompt(temperature=0.7)).result(WAIT)
     for temperature in (0.0, 1.0):
         assert len(pool.submit(ACTOR, prompt(temperature=temperature)).result(WAIT).ids) > 0
+
+
+@pytest.mark.parametrize("likeliest", [{k: -3.0 - k for k in range(5)}, {400: -1.0, 1: -2.0}])
+def test_a_server_of_another_model_is_refused(
+    servers: list[StandIn], make: Make, likeliest: dict[int, float]
+) -> None:
+    servers[0].likeliest = likeliest
+    with pytest.raises(ServerRefusal, match="serves another model than base_model"):
+        make(servers[:1]).load([ACTOR])
+
+
+def test_a_server_of_the_same_model_in_another_precision_is_used(
+    servers: list[StandIn], make: Make
+) -> None:
+    servers[0].likeliest = {k: -1.1 - k for k in range(5)}
+    pool = make(servers[:1])
+    pool.load([ACTOR])
+    assert len(pool.submit(ACTOR, prompt()).result(WAIT).ids) > 0
 
 
 def test_a_servers_shorter_context_limits_the_answer(servers: list[StandIn], make: Make) -> None:

@@ -17,7 +17,7 @@ from marft_graph import Trainer
 from marft_graph.agents import agents_of
 from marft_graph.config import TrainConfig
 from marft_graph.engine.base import GenerationRequest, SamplingSettings
-from marft_graph.engine.vllm import VllmEngine, vllm_engine
+from marft_graph.engine.vllm import VllmEngine, base_probe, vllm_engine
 from marft_graph.errors import ConfigError, EngineError, EpisodesFailedError, PromptTooLongError
 from marft_graph.policy.team import Team
 from marft_graph.run.tracking import read_metrics
@@ -27,9 +27,19 @@ from tests.training import config
 WAIT = 60
 
 
+def stand_in(model: Path) -> StandIn:
+    """A server that says of itself that it serves a model."""
+    settings = TrainConfig(base_model=str(model), device="cpu")
+    probe = base_probe(Team.load(agents_of(["actor"], settings), settings).policies[0])
+    order = sorted(range(len(probe.logprobs)), key=lambda token: -probe.logprobs[token])
+    server = StandIn()
+    server.likeliest = {token: probe.logprobs[token] for token in order[:5]}
+    return server
+
+
 @pytest.fixture
-def server() -> Iterator[StandIn]:
-    started = StandIn()
+def server(tiny_model: Path) -> Iterator[StandIn]:
+    started = stand_in(tiny_model)
     yield started
     started.thaw()
     started.may_answer.set()
@@ -243,7 +253,7 @@ def test_training_goes_on_and_says_so_when_one_of_two_servers_dies(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    other = StandIn()
+    other = stand_in(tiny_model)
     asked = []
 
     def dies_at_the_tenth(answer: dict[str, Any]) -> dict[str, Any] | None:
