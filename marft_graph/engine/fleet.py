@@ -241,7 +241,10 @@ class Fleet:
 
     def _give_up(self) -> None:
         """Say why no server can be asked; a server that comes back takes it back."""
-        reasons = "; ".join(server.reason for server in self.servers)
+        reasons = "; ".join(
+            server.reason + ("" if server.process is None else f" (see {server.process.log})")
+            for server in self.servers
+        )
         if all(server.refusal is not None for server in self.servers):
             first = self.servers[0].refusal
             single = len(self.servers) == 1

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _HOST = "127.0.0.1"
 _STOP_SECONDS = 10.0
 _MAX_RESTARTS = 3
-_LOG_TAIL_BYTES = 4096
+_LOG_TAIL_BYTES = 65536
 _LOG_TAIL_LINES = 12
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Runs in the server's Python before vLLM does: on Linux the kernel ends the server when the thread
@@ -124,8 +124,11 @@ class ServerProcess:
             text = self.log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
         except OSError as error:
             return f"its log cannot be read: {error}"
-        lines = "\n".join(text.rstrip().splitlines()[-_LOG_TAIL_LINES:])
-        return f"the end of {self.log}:\n{lines}"
+        lines = text.rstrip().splitlines()
+        # vLLM reports the cause in one process, and its consequences in others after it.
+        causes = [line for line in lines[:-_LOG_TAIL_LINES] if "Error: " in line]
+        told = "\n".join([*causes[:2], *lines[-_LOG_TAIL_LINES:]])
+        return f"the end of {self.log}:\n{told}"
 
 
 def server_command(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -13,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +56,14 @@ class RealServer:
         self.process = ServerProcess(python, command, log)
         self.process.api_key = "key-of-the-tests"
         self.url = self.process.url
+        self._thread = ThreadPoolExecutor(1)  # a server ends with the thread that started it
 
-    def start(self) -> None:
-        """Start it, or let it go on where it was stopped, and wait until it serves."""
-        if self.process.pid is not None:
+    def start(self) -> Future[None]:
+        """Start it, or let it go on where it was stopped; done when it serves."""
+        return self._thread.submit(self._start)
+
+    def _start(self) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it was killed
             self.send(signal.SIGCONT)
         deadline = time.monotonic() + WAIT
         while not self._is_answering():
@@ -68,8 +74,8 @@ class RealServer:
         self.process.restarts = 0
 
     def send(self, number: signal.Signals) -> None:
-        assert self.process.pid is not None
-        os.killpg(self.process.pid, number)
+        if self.process.pid is not None:
+            os.killpg(self.process.pid, number)
 
     def _is_answering(self) -> bool:
         try:
@@ -105,7 +111,7 @@ def pair(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list
 def servers(pair: list[RealServer], monkeypatch: pytest.MonkeyPatch) -> list[RealServer]:
     monkeypatch.setenv("VLLM_API_KEY", "key-of-the-tests")
     for server in pair:
-        server.start()
+        server.start().result(WAIT)
     return pair
 
 
@@ -268,18 +274,16 @@ def test_the_only_server_is_restarted_on_its_port_and_the_run_goes_on(
     servers: list[RealServer], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = servers[0]
-    starting = threading.Thread(target=server.start)
 
     def restart() -> None:
         server.send(signal.SIGKILL)
-        starting.start()
+        server.start()
 
     with (
         caplog.at_level(logging.WARNING, "marft_graph"),
         duo(tmp_path / "run", at_call(20, restart), engine_urls=[server.url]) as trainer,
     ):
         trainer.train(progress=False)
-    starting.join(WAIT)
     rows = read_metrics(tmp_path / "run")
     assert [row["episodes_failed"] for row in rows] == [0, 0, 0]
     assert f"the vLLM server {server.url} is back" in caplog.text
