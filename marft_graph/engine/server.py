@@ -25,7 +25,7 @@ from marft_graph.errors import ConfigError, EngineError
 logger = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"
-_STOP_SECONDS = 10.0
+_STOP_SECONDS, _KILL_SECONDS = 10.0, 60.0
 _MAX_RESTARTS = 3
 _LOG_TAIL_BYTES = 65536
 _LOG_TAIL_LINES = 12
@@ -96,7 +96,7 @@ class ServerProcess:
         process, self._process = self._process, None
         if process is None:
             return
-        for sent, patience in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, _STOP_SECONDS)):
+        for sent, patience in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, _KILL_SECONDS)):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, sent)
                 os.killpg(process.pid, signal.SIGCONT)  # a stopped process would not hear it

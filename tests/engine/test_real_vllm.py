@@ -35,7 +35,12 @@ from marft_graph.policy.team import Team
 from marft_graph.run.tracking import read_metrics
 from marft_graph.workflow import load_target
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(900),
+    # A connection that is being opened while its server dies may be left to the garbage collector.
+    pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning"),
+]
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "workflows" / "tiny_base"
