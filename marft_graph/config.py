@@ -139,8 +139,34 @@ class TrainConfig:
         "extra `grammar`",
     )
     concurrency: int = setting(256, "episodes that run at once", at_least=1)
+    engine: Literal["local", "vllm"] = setting(
+        "local",
+        "who samples: the base model in this process, or vLLM: servers in `engine_urls`, else one "
+        "that the run starts and stops",
+    )
+    engine_urls: tuple[str, ...] = setting(
+        (), "engine vllm: servers that run already, such as http://gpu-1:8000"
+    )
+    engine_timeout: float = setting(
+        300.0, "engine vllm: deadline of one completion", unit="seconds", above=0
+    )
+    engine_patience: float = setting(
+        300.0,
+        "engine vllm: how long a server may take to start or to load adapters, and how long all "
+        "may be away before calls fail",
+        unit="seconds",
+        above=0,
+    )
+    vllm_python: str = setting(
+        "", "engine vllm: Python of the environment that has vLLM; none: this one"
+    )
+    vllm_args: tuple[str, ...] = setting(
+        (), "engine vllm: more arguments of the server, such as --gpu-memory-utilization=0.5"
+    )
     max_batch_size: int = setting(
-        256, "completions that the local engine decodes at once", at_least=1
+        256,
+        "completions that the local engine decodes at once; engine vllm: most at one server",
+        at_least=1,
     )
     cache_gib: float = setting(
         4.0,

@@ -23,7 +23,9 @@ from marft_graph.agents import adapters_of, agents_of
 from marft_graph.config import TrainConfig, read_yaml
 from marft_graph.data import as_examples, training_data
 from marft_graph.deploy.export import export_run, write_export
-from marft_graph.engine.routing import local_engine
+from marft_graph.engine.local import LocalEngine
+from marft_graph.engine.routing import RoutingEngine, local_engine
+from marft_graph.engine.vllm import VllmEngine, check_engine_settings, vllm_engine
 from marft_graph.episode import Episode
 from marft_graph.errors import (
     CheckpointError,
@@ -66,6 +68,11 @@ _FREE_ON_RESUME = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "device",
+        "engine_urls",
+        "engine_timeout",
+        "engine_patience",
+        "vllm_python",
+        "vllm_args",
         "reward_concurrency",
         "max_recoveries",
         "early_stop",
@@ -139,6 +146,7 @@ class Trainer:
         )
         if self.config.constrain_output:
             require_grammar_library()
+        check_engine_settings(self.config)
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
         found = compile_graph(self.graph)
         self._reward = as_reward_function(reward)
@@ -163,11 +171,17 @@ class Trainer:
         self.team = Team.load(agents, self.config)
         rates = {agent.name: agent.learning_rate for agent in agents}
         self._learner = Learner(self.team, self.config, rates)
-        self._engine = local_engine(
-            self.team,
-            max_batch_size=self.config.max_batch_size,
-            cache_gib=self.config.cache_gib,
-        )
+        self._engine: LocalEngine | RoutingEngine | VllmEngine
+        if self.config.engine == "vllm":
+            self._engine = vllm_engine(self.team, agents, self.config, self.run_dir)
+        else:
+            self._engine = local_engine(
+                self.team,
+                max_batch_size=self.config.max_batch_size,
+                cache_gib=self.config.cache_gib,
+            )
+        # The version of the weights as they are, where the engine does not have them yet.
+        self._unpublished: int | None = 0
         self._health = Health(
             entropy_floor=self.config.entropy_floor,
             kl_ceiling=self.config.kl_ceiling,
@@ -262,7 +276,7 @@ class Trainer:
             shutil.rmtree(staging, ignore_errors=True)
 
     def close(self) -> None:
-        """Stop the engine's thread."""
+        """Stop the engine, and a server that it started."""
         self._engine.close()
 
     def __enter__(self) -> Self:
@@ -288,7 +302,7 @@ class Trainer:
             stats = self._learner.update(learnt, self.iteration)
         except TrainingCollapsedError as error:
             collapsed = str(error)
-        self._engine.publish(self.iteration)
+        self._unpublished = self.iteration
         updated = time.perf_counter()
         path = self.run_dir / "traces" / f"iter_{self.iteration:06d}.parquet"
         write_traces(path, episodes, iteration=self.iteration, phase="train")
@@ -308,6 +322,8 @@ class Trainer:
             "tokens_sampled": sum(len(c.completion_ids) for e in episodes for c in e.calls),
             "agents": stats,
         }
+        if isinstance(self._engine, VllmEngine):
+            row["engine"] = self._engine.stats()
         row["collapsed"] = collapsed or self._health.problem(row)
         return row
 
@@ -343,6 +359,9 @@ class Trainer:
         seed: int,
         greedy: bool = False,
     ) -> list[Episode]:
+        if self._unpublished is not None:
+            self._engine.publish(self._unpublished)
+            self._unpublished = None
         return run_episodes(
             self.graph,
             examples,
@@ -437,7 +456,7 @@ class Trainer:
 
     def _put_back(self, checkpoint: Path) -> None:
         load_weights(checkpoint, self.team, self._learner)
-        self._engine.publish(self.iteration)
+        self._unpublished = self.iteration
 
     def _put_back_best(self) -> None:
         best = self._state.best_iteration

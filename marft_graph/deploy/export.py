@@ -17,6 +17,7 @@ from typing import Any
 
 from marft_graph.agents import base_model_of
 from marft_graph.config import TrainConfig, read_yaml
+from marft_graph.engine.server import served_rank
 from marft_graph.errors import ExportError
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.run.checkpoint import latest_checkpoint
@@ -174,7 +175,7 @@ def vllm_commands(adapters: Mapping[str, Mapping[str, Any]], out_dir: Path) -> l
     commands = []
     for base, names in by_base.items():
         modules = " ".join(f"{name}={out_dir / str(adapters[name]['path'])}" for name in names)
-        rank = _served_rank(max(int(adapters[name]["lora_rank"]) for name in names))
+        rank = served_rank(max(int(adapters[name]["lora_rank"]) for name in names))
         commands.append(
             f"vllm serve {base} --served-model-name base --enable-lora --max-lora-rank {rank} "
             f"--max-loras {len(names)} --lora-modules {modules}"
@@ -191,11 +192,6 @@ def _absolute(base_model: str) -> str:
     """A folder as an absolute path; a hub id as it is."""
     path = Path(base_model).expanduser()
     return str(path.resolve()) if path.is_dir() else base_model
-
-
-def _served_rank(rank: int) -> int:
-    """vLLM accepts only these bounds on the rank."""
-    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
 
 
 def _readme(commands: Sequence[str], nodes: Sequence[str]) -> str:

@@ -1,0 +1,331 @@
+"""The vLLM engine: token ids in, token ids and log-probs out, on servers of vLLM.
+
+Every published version of an adapter gets a name of its own at the servers. A call names the
+version that it wants; a server without it refuses, and an answer from another model is an error.
+
+Determinism has limits here. A call's seed is passed on, but vLLM's arithmetic depends on what else
+is in its batch, so that the same call may end in another token in another run; with bfloat16 the
+log-probs differ from the learner's in the second digit. `importance_cap` corrects for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import secrets
+import shutil
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from langchain_core.messages import HumanMessage
+from safetensors.torch import load_file, save_file
+
+from marft_graph.agents import Agent
+from marft_graph.config import TrainConfig
+from marft_graph.engine.base import ChatCodec, Completion, GenerationRequest
+from marft_graph.engine.endpoint import Adapter, Answer, Endpoint, Probe, Prompt
+from marft_graph.engine.fleet import Server
+from marft_graph.engine.pool import ServerPool
+from marft_graph.engine.server import ServerProcess, require_vllm, server_command
+from marft_graph.errors import ConfigError, EngineError, PromptTooLongError
+from marft_graph.policy.adapters import Policy
+from marft_graph.policy.team import Team
+
+# What vLLM accepts as it is; it raises lower temperatures to the first of them.
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 2.0
+_UNLOAD_SECONDS = 10.0
+_NO_GRAMMAR = (
+    "constrain_output is not supported with engine vllm, whose log-probs are not those under the "
+    "grammar; use engine local, or set constrain_output to false"
+)
+
+
+@dataclass(eq=False, slots=True)
+class _Publication:
+    """The adapters of one version, and how many calls still ask for them."""
+
+    version: int
+    folder: Path
+    adapters: dict[str | None, Adapter] = field(default_factory=dict)
+    """None is the base, as an adapter that changes nothing."""
+    users: int = 0
+
+    def own_adapters(self) -> list[Adapter]:
+        """The adapters that end with this version."""
+        return [adapter for agent, adapter in self.adapters.items() if agent is not None]
+
+
+class VllmEngine:
+    """Samples on vLLM servers; thread-safe.
+
+    Args:
+        policy: the base and adapters that the learner trains. Its weights are read by `publish`
+            alone, so they may change while completions run.
+        pool: the servers, not started yet.
+        folder: where versions of adapters are written; the servers must see it under this path.
+
+    `publish` must be called once before calls are submitted: it starts what has to be started.
+    """
+
+    def __init__(self, policy: Policy, pool: ServerPool, folder: Path) -> None:
+        self._policy = policy
+        self._pool = pool
+        self._folder = folder.absolute()
+        self._end_ids = tuple(sorted(policy.end_ids))
+        self._lock = threading.Lock()
+        self._published: _Publication | None = None
+        self._untouched: Adapter | None = None
+        self._is_started = False
+        self._close = weakref.finalize(self, _close, pool, self._folder)
+
+    def codec(self, agent: str | None) -> ChatCodec:
+        """The codec of the base model behind all agents."""
+        return self._policy.codec
+
+    def publish(self, version: int) -> None:
+        """Give the servers the adapters as they are now; calls submitted from now on ask for them.
+
+        The ones before are unloaded once no call asks for them any more.
+
+        Raises:
+            EngineError: no server could take them in time; the message has each server's reason.
+        """
+        if not self._close.alive:
+            raise EngineError("the engine is closed")
+        if not self._is_started:
+            self._is_started = True
+            shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
+            self._pool.start(base_probe(self._policy))
+        # A version may be published twice with other weights, after a collapse say.
+        mark = secrets.token_hex(4)
+        new = _Publication(version, self._folder / f"v{version}-{mark}")
+        for agent in self._policy.agents:
+            folder = new.folder / agent
+            self._policy.save_adapter(agent, folder)
+            new.adapters[agent] = Adapter(f"{agent}@v{version}-{mark}", folder)
+        try:
+            self._pool.load(list(new.adapters.values()))
+        except BaseException:
+            self._retire(new)
+            raise
+        new.adapters[None] = self._base_adapter(new.adapters[self._policy.agents[0]])
+        with self._lock:
+            old, self._published = self._published, new
+            is_over = old is not None and old.users == 0
+        if old is not None and is_over:
+            self._retire(old)
+
+    def submit(self, request: GenerationRequest) -> Future[Completion]:
+        """Queue a request for the version that was published last.
+
+        Raises:
+            EngineError: nothing was published yet, the engine is closed, or does not know the
+                agent.
+            PromptTooLongError: the prompt leaves no room for a token.
+            ConfigError: the request has a grammar, or a temperature that vLLM would change.
+        """
+        self._check(request)
+        prompt = Prompt(
+            request.prompt_ids,
+            request.sampling,
+            request.seed,
+            self._end_ids,
+            self._policy.vocabulary,
+        )
+        with self._lock:
+            publication = self._published
+            if publication is None:
+                raise EngineError("nothing was published yet; call publish(version) first")
+            publication.users += 1
+        future: Future[Completion] = Future()
+        try:
+            answer = self._pool.submit(publication.adapters[request.agent], prompt)
+        except EngineError:
+            self._release(publication)
+            raise
+        future.add_done_callback(lambda done: answer.cancel() if done.cancelled() else None)
+        answer.add_done_callback(
+            functools.partial(self._settle, future=future, publication=publication)
+        )
+        return future
+
+    def stats(self) -> dict[str, int]:
+        """What happened to the servers so far, see `ServerPool.stats`."""
+        return self._pool.stats()
+
+    def close(self) -> None:
+        """Fail what waits, stop servers of ours, and remove the adapters' folders."""
+        published = self._published
+        if published is not None and self._close.alive:
+            every = list(published.adapters.values())
+            with contextlib.suppress(EngineError, TimeoutError):
+                self._pool.unload(every).result(timeout=_UNLOAD_SECONDS)
+        self._close()
+
+    def _base_adapter(self, like: Adapter) -> Adapter:
+        """The base as an adapter that changes nothing; it is loaded when it is first asked for.
+
+        A call to the base itself is wrong on vLLM's CPU build (0.32) whenever other calls of its
+        batch have an adapter: the base's tokens get the last adapter too (index -1 of the stack in
+        `lora/ops/torch_ops`).
+        """
+        if self._untouched is None:
+            mark = secrets.token_hex(4)
+            folder = self._folder / f"base-{mark}"
+            shutil.copytree(like.folder, folder)
+            weights = load_file(folder / "adapter_model.safetensors")
+            zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+            save_file(zeros, folder / "adapter_model.safetensors", {"format": "pt"})
+            self._untouched = Adapter(f"base@{mark}", folder)
+        return self._untouched
+
+    def _check(self, request: GenerationRequest) -> None:
+        if request.agent is not None and request.agent not in self._policy.agents:
+            raise EngineError(
+                f"no adapter {request.agent!r}; this engine has {', '.join(self._policy.agents)}"
+            )
+        context = self._policy.codec.context_length
+        if not 0 < len(request.prompt_ids) < context:
+            raise PromptTooLongError(
+                f"prompt of {request.agent or 'the base'} has {len(request.prompt_ids)} tokens; "
+                f"the context of {context} needs room for an answer"
+            )
+        if request.grammar:
+            raise ConfigError(_NO_GRAMMAR)
+        temperature = request.sampling.temperature
+        if temperature and not _LEAST_TEMPERATURE <= temperature <= _MOST_TEMPERATURE:
+            raise ConfigError(
+                f"temperature is {temperature:g}; on vLLM it must be 0 or between "
+                f"{_LEAST_TEMPERATURE} and {_MOST_TEMPERATURE:g}"
+            )
+
+    def _settle(
+        self, answer: Future[Answer], *, future: Future[Completion], publication: _Publication
+    ) -> None:
+        self._release(publication)
+        if not future.set_running_or_notify_cancel():
+            return
+        if answer.cancelled():
+            future.set_exception(EngineError("the engine was closed"))
+        elif (error := answer.exception()) is not None:
+            future.set_exception(error)
+        else:
+            got = answer.result()
+            version = publication.version
+            future.set_result(Completion(got.ids, got.logprobs, got.finish_reason, version))
+
+    def _release(self, publication: _Publication) -> None:
+        with self._lock:
+            publication.users -= 1
+            is_over = publication.users == 0 and publication is not self._published
+        if is_over:
+            self._retire(publication)
+
+    def _retire(self, publication: _Publication) -> None:
+        """Unload a version that nobody asks for, then remove its folder."""
+        try:
+            done = self._pool.unload(publication.own_adapters())
+        except EngineError:  # closed: the whole folder is removed then
+            return
+        done.add_done_callback(lambda _: shutil.rmtree(publication.folder, ignore_errors=True))
+
+
+def vllm_engine(
+    team: Team, agents: Sequence[Agent], config: TrainConfig, run_dir: Path
+) -> VllmEngine:
+    """The engine on the servers that the settings name, or on one that is started for the run.
+
+    Nothing is started or written before the first `publish`.
+
+    Raises:
+        ConfigError: the settings ask for what this engine cannot do, or vLLM is not installed.
+    """
+    check_engine_settings(config)
+    if len(team.policies) > 1:
+        raise ConfigError(
+            f"per_node: the agents stand on {len(team.policies)} base models; engine vllm serves "
+            "one (use engine local, or one base_model)"
+        )
+    policy = team.policies[0]
+    servers = (
+        [_found(url, config) for url in config.engine_urls]
+        if config.engine_urls
+        else [_started(agents, config, run_dir)]
+    )
+    pool = ServerPool(servers, in_flight=config.max_batch_size, patience=config.engine_patience)
+    return VllmEngine(policy, pool, run_dir / "served_adapters")
+
+
+def base_probe(policy: Policy) -> Probe:
+    """A prompt, and the log-probs of the policy's base for the token after it."""
+    ids = policy.codec.render([HumanMessage("What is 12 plus 30?")])
+    with policy.using(None), torch.no_grad():
+        states = policy.hidden(torch.tensor([ids], device=policy.device))
+        logprobs = policy.logits(states[0, -1:]).float().log_softmax(-1)
+    return Probe(ids, logprobs[0].tolist())
+
+
+def check_engine_settings(config: TrainConfig) -> None:
+    """Refuse settings that cannot go together, before anything is loaded.
+
+    Raises:
+        ConfigError: the message says which, and what would do.
+    """
+    if config.engine == "local":
+        if config.engine_urls:
+            raise ConfigError("engine_urls needs engine vllm, and engine is local")
+        return
+    if config.constrain_output:
+        raise ConfigError(_NO_GRAMMAR)
+    for url in config.engine_urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(
+                f"engine_urls has {url!r}; a server's URL is like http://127.0.0.1:8000"
+            )
+    if len(set(config.engine_urls)) < len(config.engine_urls):
+        raise ConfigError(f"engine_urls names a server twice: {', '.join(config.engine_urls)}")
+    if not config.engine_urls:
+        if config.quantization != "none":
+            raise ConfigError(
+                f"quantization is {config.quantization}; the server that engine vllm starts would "
+                "sample from another base than is trained. Use quantization none or engine local"
+            )
+        require_vllm(config.vllm_python)
+
+
+def _found(url: str, config: TrainConfig) -> Server:
+    """A server that somebody else runs."""
+    key = os.environ.get("VLLM_API_KEY", "")
+    return Server(Endpoint(url, api_key=key, timeout=config.engine_timeout))
+
+
+def _started(agents: Sequence[Agent], config: TrainConfig, run_dir: Path) -> Server:
+    """A server that this run starts and stops."""
+    named = agents[0].base_model
+    base = Path(named).expanduser()
+    command = server_command(
+        str(base.resolve()) if base.is_dir() else named,
+        dtype=config.dtype,
+        max_rank=max(agent.rank for agent in agents),
+        adapters=len(agents) + 1,  # and the base as one
+        trust_remote_code=config.trust_remote_code,
+        more=config.vllm_args,
+    )
+    process = ServerProcess(require_vllm(config.vllm_python), command, run_dir / "vllm.log")
+    endpoint = Endpoint(
+        process.url, api_key=process.api_key, timeout=config.engine_timeout, trust_env=False
+    )
+    return Server(endpoint, process)
+
+
+def _close(pool: ServerPool, folder: Path) -> None:
+    pool.close()
+    shutil.rmtree(folder, ignore_errors=True)
