@@ -12,6 +12,7 @@
     ├── TrainingCollapsedError  learning diverged and did not recover               (RuntimeError)
     ├── EpisodeTimeoutError   an episode or a call ran past its deadline            (TimeoutError)
     ├── EngineError           an engine stopped or cannot answer                    (RuntimeError)
+    ├── DistributedError      another of the processes that train together failed   (RuntimeError)
     ├── CheckpointError       a checkpoint or run folder cannot be used             (RuntimeError)
     ├── ExportError           an export folder cannot be written or read            (RuntimeError)
     └── WorkflowError         a workflow folder, file or variable cannot be loaded  (ValueError)
@@ -66,6 +67,10 @@ class EpisodeTimeoutError(MarftError, TimeoutError):
 
 class EngineError(MarftError, RuntimeError):
     """An engine was closed, died, or answered something unusable."""
+
+
+class DistributedError(MarftError, RuntimeError):
+    """Another of the processes that train together failed."""
 
 
 class CheckpointError(MarftError, RuntimeError):

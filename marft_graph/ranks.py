@@ -87,7 +87,8 @@ class Ranks:
             [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in owned]
         )
         dist.all_reduce(flat)
-        for parameter, total in zip(owned, flat.split([p.numel() for p in owned]), strict=True):
+        parts = torch.split(flat, [p.numel() for p in owned])
+        for parameter, total in zip(owned, parts, strict=True):
             parameter.grad = total.view_as(parameter).clone()
 
     def wait(self) -> None:

@@ -30,6 +30,7 @@ from marft_graph.policy.critic import ValueHead
 from marft_graph.policy.logprobs import token_logprobs
 from marft_graph.policy.rows import Row
 from marft_graph.policy.team import Team
+from marft_graph.ranks import Ranks
 
 AgentStats = dict[str, float]
 _KL_EVERY = 8
@@ -44,9 +45,11 @@ class Learner:
         team: Team,
         settings: TrainConfig,
         learning_rates: Mapping[str, float] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._team = team
         self._settings = settings
+        self._ranks = ranks or Ranks()
         self._rates = {
             agent: (learning_rates or {}).get(agent, settings.learning_rate)
             for agent in team.agents
@@ -167,7 +170,7 @@ class Learner:
         features = None
         if self.critics:
             width = int(self._team.of(agent).config.hidden_size)
-            features = torch.empty(offsets[-1], width)
+            features = torch.zeros(offsets[-1], width)
         batch = AgentBatch(
             calls=calls,
             place=places,
@@ -180,13 +183,18 @@ class Learner:
             advantages_N=torch.zeros(offsets[-1]),
             returns_N=torch.zeros(offsets[-1]),
         )
-        for rows in self._microbatches(agent, batch, self._referenced(calls, is_updated)):
+        referenced = self._referenced(calls, is_updated)
+        if referenced:
+            batch.ref_logprobs_N[batch.tokens(referenced)] = 0.0  # every process fills in its share
+        for rows in self._microbatches(agent, batch, referenced):
             tokens = batch.tokens(_calls_of(rows))
             states, logprobs, _ = self._forward(agent, batch, rows, is_base=True)
             batch.ref_logprobs_N[tokens] = logprobs.cpu()
             if features is not None:
                 features[tokens] = states.float().cpu()
+        batch.ref_logprobs_N = self._ranks.add(batch.ref_logprobs_N)
         if features is not None:
+            batch.features_NH = features = self._ranks.add(features)
             batch.old_values_N = self._values(agent, features)
         if is_updated and settings.importance_cap is not None:
             own_N = self._logprobs(agent, batch)
@@ -202,10 +210,10 @@ class Learner:
     @torch.no_grad()
     def _logprobs(self, agent: str, batch: AgentBatch) -> Tensor:
         """Log-probs (N,) of an agent's actions under its adapter as it is now."""
-        logprobs_N = torch.empty(batch.offsets[-1])
+        logprobs_N = torch.zeros(batch.offsets[-1])
         for rows in self._microbatches(agent, batch, range(len(batch.calls))):
             logprobs_N[batch.tokens(_calls_of(rows))] = self._forward(agent, batch, rows)[1].cpu()
-        return logprobs_N
+        return self._ranks.add(logprobs_N)
 
     def _referenced(self, calls: Sequence[Call], is_updated: bool) -> Sequence[int]:
         """The calls that go through the base: all that need it, else some to tell the KL by."""
@@ -218,13 +226,17 @@ class Learner:
     def _microbatches(
         self, agent: str, batch: AgentBatch, indices: Sequence[int]
     ) -> Iterator[list[Row]]:
-        """Some of an agent's calls in rows, as many at once as memory is allowed for."""
+        """This process's share of some calls in rows, as many at once as there is memory for."""
         calls = [batch.calls[i] for i in indices]
         quadratic = self._team.of(agent).attention_cost
-        for rows in microbatches(calls, self._settings.microbatch_tokens, quadratic=quadratic):
-            for row in rows:
-                row.members = [indices[i] for i in row.members]
-            yield rows
+        tokens = sum(len(call.prompt_ids) + len(call.completion_ids) for call in calls)
+        most = min(self._settings.microbatch_tokens, -(-tokens // self._ranks.count))
+        parts = microbatches(calls, max(1, most), quadratic=quadratic)
+        for number, rows in enumerate(parts):
+            if number % self._ranks.count == self._ranks.index:
+                for row in rows:
+                    row.members = [indices[i] for i in row.members]
+                yield rows
 
     def _log_ratios(self, agent: str, batch: AgentBatch) -> dict[tuple[int, int], float]:
         """Log of new over old probability of each whole action, by (episode, call)."""
@@ -336,6 +348,8 @@ class Learner:
                 sums["kl_step"] += kl_k3(old_N, logprobs_N).sum().item() / token_count
                 sums["clipped"] += clipped
                 gap = max(gap, (logprobs_N - old_N).abs().max().item())
+        self._ranks.add_gradients(self._team.parameters(agent))
+        sums, referenced, gap = self._over_all_ranks(sums, referenced, gap)
         norm = torch.nn.utils.clip_grad_norm_(self._team.parameters(agent), settings.max_grad_norm)
         if not (math.isfinite(sums["policy"]) and math.isfinite(float(norm))):
             optimizer.zero_grad(set_to_none=True)
@@ -354,6 +368,17 @@ class Learner:
             "grad_norm": float(norm),
             "logprob_gap": gap,
         }
+
+    def _over_all_ranks(
+        self, sums: dict[str, float], referenced: int, gap: float
+    ) -> tuple[dict[str, float], int, float]:
+        """A step's statistics over the shares of all processes."""
+        if self._ranks.count == 1:
+            return sums, referenced, gap
+        own = [*sums.values(), float(referenced)]
+        *totals, known = self._ranks.add(torch.tensor(own, dtype=torch.float64)).tolist()
+        widest = max(self._ranks.together(lambda: [gap]))
+        return dict(zip(sums, totals, strict=True)), int(known), widest
 
     def _policy_loss(
         self,
