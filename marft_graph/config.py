@@ -273,6 +273,13 @@ class TrainConfig:
         20, "iterations between checkpoints; 0: only at the end", at_least=0
     )
     keep_checkpoints: int = setting(3, "newest checkpoints that stay on disk", at_least=1)
+    stop_timeout: float = setting(
+        300.0,
+        "SIGINT or SIGTERM: time in which the running step may finish before it is interrupted",
+        unit="seconds",
+        above=0,
+        at_most=86_400,
+    )
 
     def __post_init__(self) -> None:
         _check_fields(self)

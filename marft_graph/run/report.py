@@ -19,10 +19,12 @@ from marft_graph.errors import CheckpointError
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.graph.page import graph_view
 from marft_graph.run.curves import Curve, line_chart
+from marft_graph.run.folder import write_text_atomically
 from marft_graph.run.overlay import last_episode, overlays
 from marft_graph.run.timeline import to_timeline
 from marft_graph.run.tracking import read_evaluations, read_metrics
 from marft_graph.run.trajectories import read_traces
+from marft_graph.visible import visible
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1f2937;--soft:#6b7280;--line:#e5e7eb;--card:#f9fafb;
@@ -50,7 +52,8 @@ def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run folder; its path.
 
     Raises:
-        CheckpointError: the folder has no graph.json, or its metrics or traces are damaged.
+        CheckpointError: the folder has no graph.json, its metrics or traces are damaged, or the
+            report cannot be written.
     """
     rows, evaluations = read_metrics(run_dir), read_evaluations(run_dir)
     try:
@@ -83,9 +86,10 @@ def write_report(run_dir: Path) -> Path:
         f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     path = run_dir / "report.html"
-    beside = path.with_suffix(".writing")
-    beside.write_text(page, encoding="utf-8", errors="backslashreplace")
-    beside.replace(path)
+    try:
+        write_text_atomically(path, page)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
     return path
 
 
@@ -302,10 +306,7 @@ def _last_words(messages: Sequence[Mapping[str, Any]]) -> str:
 def _text(text: str) -> str:
     """Text as HTML: escaped, control characters made visible, very long text cut."""
     cut = text if len(text) <= _SHOWN_TEXT else f"{text[:_SHOWN_TEXT]} … ({len(text)} characters)"
-    visible = "".join(
-        char if char in "\n\t" or char.isprintable() else f"\\x{ord(char):02x}" for char in cut
-    )
-    return html.escape(visible)
+    return html.escape(visible(cut))
 
 
 def _traces(path: Path) -> list[Episode]:

@@ -29,11 +29,14 @@ class RunState:
     best_iteration: int | None = None
     best_return: float | None = None
     evaluations_since_best: int = 0
+    evaluated_iteration: int | None = None
+    """The last one that `note_evaluation` has counted."""
 
     def note_evaluation(self, eval_return: float) -> None:
         """Take the held-out return of the present iteration into account, measured again or not."""
-        if self.iteration == self.best_iteration:
+        if self.iteration in (self.best_iteration, self.evaluated_iteration):
             return
+        self.evaluated_iteration = self.iteration
         if self.best_return is None or eval_return > self.best_return:
             self.best_iteration, self.best_return = self.iteration, eval_return
             self.evaluations_since_best = 0
