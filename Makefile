@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 # Extra options of the benchmark, for example: make benchmark-learning LEARNING_ARGS="--compare"
 LEARNING_ARGS ?=
 
-.PHONY: help setup demo test browser-test benchmark-learning check format clean
+.PHONY: help setup demo test faults browser-test benchmark-learning check format clean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -59,6 +59,9 @@ demo: $(INSTALLED)  ## train workflows/math_duo into RUN_DIR (default runs/demo)
 
 test: $(INSTALLED)  ## run the tests (CPU, offline)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+faults: $(INSTALLED)  ## kill -9 small runs at 100 random instants, resume each and compare (minutes)
+	@$(BIN)/python -m tests.faults.kill --times 100
 
 # Chromium: the system's, else Debian's package (needs root), else the one that Playwright downloads.
 browser-test: $(INSTALLED)  ## install a browser where there is none, and test the graph's page in it

@@ -7,8 +7,10 @@ Owns the weights and the tokenizer, and the two ways to run them: one adapter fo
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import json
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,7 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -242,12 +244,17 @@ class Policy:
 
     def save_adapter(self, agent: str, folder: Path) -> None:
         """Write one adapter in PEFT format (safetensors) into `folder`."""
-        name = _PREFIX + agent
-        self.model.save_pretrained(str(folder), selected_adapters=[name], safe_serialization=True)
-        nested = folder / name  # PEFT nests every adapter that is not called "default"
-        for file in sorted(nested.iterdir()):
-            file.replace(folder / file.name)
-        nested.rmdir()
+        # PEFT's own `save_pretrained` also renders a model card, which takes longer than the rest.
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {
+            name: parameter.detach().cpu().contiguous()
+            for name, parameter in self._own_parameters(agent).items()
+        }
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        lora = copy.copy(self.model.peft_config[_PREFIX + agent])
+        lora.inference_mode = True
+        lora.base_model_name_or_path = _base_of(self.model).name_or_path
+        lora.save_pretrained(str(folder))
 
     def load_adapter(self, agent: str, folder: Path) -> None:
         """Overwrite one agent's adapter with the weights in `folder`.
@@ -256,11 +263,7 @@ class Policy:
             ModelError: the file is missing or holds weights of another shape.
         """
         path = folder / "adapter_model.safetensors"
-        own = {
-            name.replace(f".{_PREFIX}{agent}.", "."): parameter
-            for name, parameter in self.model.named_parameters()
-            if f".{_PREFIX}{agent}." in name
-        }
+        own = self._own_parameters(agent)
         try:
             saved = load_file(path)
         except (OSError, ValueError) as error:
@@ -272,6 +275,15 @@ class Policy:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(saved[name])
+
+    def _own_parameters(self, agent: str) -> dict[str, nn.Parameter]:
+        """An adapter's weights by the names that they have in PEFT's files."""
+        own = re.compile(rf"\.{re.escape(_PREFIX + agent)}(?=\.|$)")
+        return {
+            own.sub("", name): parameter
+            for name, parameter in self.model.named_parameters()
+            if own.search(name)
+        }
 
     def _name_rows(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
