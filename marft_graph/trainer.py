@@ -22,7 +22,7 @@ from langgraph.pregel import Pregel
 from marft_graph.agents import adapters_of, agents_of
 from marft_graph.config import TrainConfig
 from marft_graph.data import as_examples, training_data
-from marft_graph.deploy.export import export_run, write_export
+from marft_graph.deploy.export import export_run, read_manifest, write_export
 from marft_graph.engine.routing import local_engine
 from marft_graph.episode import Episode
 from marft_graph.errors import (
@@ -129,6 +129,9 @@ class Trainer:
         if self.config.constrain_output:
             require_grammar_library()
         check_accepted(accept_changes)
+        earlier = self.config.start_from
+        if earlier is not None and (Path(earlier).expanduser() / "manifest.json").exists():
+            read_manifest(Path(earlier).expanduser())
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
         found = compile_graph(self.graph)
         self._reward = as_reward_function(reward)

@@ -22,6 +22,7 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -42,6 +43,7 @@ BASE = "__base__"
 """PEFT's name for rows that no adapter touches."""
 # PEFT mistakes adapter names that are part of its own prefix `lora_`, such as "a", for weights.
 _PREFIX = "node-"
+_WEIGHTS = "adapter_model.safetensors"
 
 
 class Policy:
@@ -142,6 +144,8 @@ class Policy:
         base, tokenizer, codec = load_base(base_model, device, dtype)
         model: PeftModel | None = None
         for agent, folder in folders.items():
+            if not (folder / _WEIGHTS).is_file():  # PEFT would read a pickle in its place
+                raise ModelError(f"the adapter of {agent!r} in {folder} has no {_WEIGHTS}")
             try:
                 if model is None:
                     model = _quietly(
@@ -149,7 +153,7 @@ class Policy:
                     )
                 else:
                     model.load_adapter(folder, adapter_name=_PREFIX + agent)
-            except (OSError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
                 raise ModelError(
                     f"cannot load the adapter of {agent!r} from {folder}: {error}"
                 ) from error
@@ -250,7 +254,7 @@ class Policy:
             name: parameter.detach().cpu().contiguous()
             for name, parameter in self._own_parameters(agent).items()
         }
-        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
         lora = copy.copy(self.model.peft_config[_PREFIX + agent])
         lora.inference_mode = True
         lora.base_model_name_or_path = _base_of(self.model).name_or_path
@@ -262,11 +266,11 @@ class Policy:
         Raises:
             ModelError: the file is missing or holds weights of another shape.
         """
-        path = folder / "adapter_model.safetensors"
+        path = folder / _WEIGHTS
         own = self._own_parameters(agent)
         try:
             saved = load_file(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"cannot read adapter weights from {path}: {error}") from error
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
             raise ModelError(
@@ -345,7 +349,7 @@ def load_base(
             attn_implementation="sdpa",
             **more,
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(
             f"base_model {base_model!r} cannot be loaded: {first_line} (give a hub id such as "

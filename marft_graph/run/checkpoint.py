@@ -180,14 +180,22 @@ def _write_manifest(folder: Path) -> None:
         name: {"size": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
         for name in _files(folder)
     }
-    text = json.dumps({"files": files}, indent=2, ensure_ascii=False)
+    manifest = {"files": files, "manifest_sha256": _digest_of(files)}
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST
     try:
-        files: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["files"]
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        # 0.1.0 wrote no digest of the manifest itself.
+        if set(manifest) != {"files"} and manifest != {
+            "files": files,
+            "manifest_sha256": _digest_of(files),
+        }:
+            raise CheckpointError(f"{path} is damaged: it differs from what was written")
         if not all(set(entry) == {"size", "sha256"} for entry in files.values()):
             raise CheckpointError(f"{path} is damaged: each file needs size and sha256")
     except OSError as error:
@@ -201,6 +209,10 @@ def _files(folder: Path) -> list[str]:
     """Relative names of all files but the manifest itself, sorted."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     return sorted(name for name in names if name != MANIFEST)
+
+
+def _digest_of(files: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(file: Path) -> str:

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from marft_graph.errors import CheckpointError
@@ -58,10 +59,15 @@ def load_weights(folder: Path, team: Team, learner: Learner) -> None:
 
     Raises:
         ModelError: its adapters have another shape.
+        CheckpointError: the learner's part cannot be read, or is of another learner.
     """
     for agent in team.agents:
         team.of(agent).load_adapter(agent, folder / "adapters" / agent)
-    learner.load_state(load_file(folder / "learner.safetensors"))
+    path = folder / "learner.safetensors"
+    try:
+        learner.load_state(load_file(path))
+    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
+        raise CheckpointError(f"cannot continue the learner from {path}: {error}") from error
 
 
 def read_state(folder: Path) -> RunState:
@@ -72,6 +78,10 @@ def read_state(folder: Path) -> RunState:
     """
     path = folder / "state.json"
     try:
-        return RunState(**json.loads(path.read_text(encoding="utf-8")))
+        state = RunState(**json.loads(path.read_text(encoding="utf-8")))
+        counts = (state.iteration, state.examples_taken, state.recoveries)
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
+            raise ValueError(f"not all of {counts} are counts")
+        return state
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"cannot read the run's state from {path}: {error}") from error
