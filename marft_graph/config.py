@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -148,6 +149,14 @@ class TrainConfig:
     max_failed_share: float = setting(
         0.5, "stop if a larger share of an iteration's episodes fails", at_least=0, at_most=1
     )
+    fault_rewards: tuple[str, ...] = setting(
+        (),
+        "exceptions that are the policy's own fault, with the outcome that they earn, such as "
+        "OutputParserException=-1; all others are failures, which nothing is learnt from",
+    )
+    reward_errors: Literal["stop", "drop"] = setting(
+        "stop", "what a reward function that fails does: stop the run, or drop its episode"
+    )
 
     filter_rounds: int = setting(
         0,
@@ -283,6 +292,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        fault_rewards_of(self.fault_rewards)
 
     @property
     def episodes_per_iteration(self) -> int:
@@ -309,6 +319,31 @@ class TrainConfig:
         values = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
         values["per_node"] = {node: own.to_dict() for node, own in self.per_node.items()}
         return _plain(values)
+
+
+def fault_rewards_of(entries: tuple[str, ...]) -> dict[str, float]:
+    """`fault_rewards` as names of exceptions and what they earn.
+
+    Raises:
+        ConfigError: an entry is no `Name=number`.
+
+    >>> fault_rewards_of(("OutputParserException=-1",))
+    {'OutputParserException': -1.0}
+    """
+    found = {}
+    for entry in entries:
+        name, _, value = entry.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not name.strip().isidentifier() or not math.isfinite(number):
+            raise ConfigError(
+                f"fault_rewards has {entry!r}; each entry is the name of an exception's class and "
+                "a number, such as OutputParserException=-1"
+            )
+        found[name.strip()] = number
+    return found
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marft_graph.config import TrainConfig
+from marft_graph.config import TrainConfig, fault_rewards_of
 from marft_graph.data import as_examples
 from marft_graph.deploy.export import read_manifest
 from marft_graph.engine.routing import local_engine
@@ -118,6 +118,8 @@ def evaluate_export(
             temperature=config.temperature,
             max_new_tokens=manifest.max_new_tokens,
             constrain_output=manifest.constrain_output,
+            fault_rewards=fault_rewards_of(config.fault_rewards),
+            reward_errors=config.reward_errors,
             greedy=greedy,
         )
     finally:

@@ -20,7 +20,7 @@ from typing import Any, Self
 from langgraph.pregel import Pregel
 
 from marft_graph.agents import adapters_of, agents_of
-from marft_graph.config import TrainConfig
+from marft_graph.config import TrainConfig, fault_rewards_of
 from marft_graph.data import as_examples, training_data
 from marft_graph.deploy.export import export_run, read_manifest, write_export
 from marft_graph.engine.routing import local_engine
@@ -39,6 +39,7 @@ from marft_graph.learn.groups import share_of_equal_groups, without_equal_groups
 from marft_graph.learn.update import Learner
 from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team
+from marft_graph.rollout.quiescence import hung_threads
 from marft_graph.rollout.rewards import Rewards, as_reward_function, mean_parts
 from marft_graph.rollout.runner import check_examples, run_episodes
 from marft_graph.run.checkpoint import (
@@ -323,6 +324,8 @@ class Trainer:
             "episodes_failed": len(episodes) - len(returns),
             "episodes_filtered": len(episodes) - len(learnt),
             "failed_by_reason": failure_reasons(episodes),
+            "faults_rewarded": sum(episode.ok and bool(episode.error) for episode in episodes),
+            "threads_hung": hung_threads(),
             "return_mean": statistics.fmean(returns) if returns else None,
             "return_std": statistics.pstdev(returns) if returns else None,
             **mean_parts(episodes),
@@ -384,6 +387,8 @@ class Trainer:
             temperature=self.config.temperature,
             max_new_tokens=self.config.max_new_tokens,
             constrain_output=self.config.constrain_output,
+            fault_rewards=fault_rewards_of(self.config.fault_rewards),
+            reward_errors=self.config.reward_errors,
             greedy=greedy,
         )
 
