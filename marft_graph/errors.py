@@ -10,6 +10,7 @@
     ├── RewardError           the reward function raised or returned no number      (RuntimeError)
     ├── EpisodesFailedError   too many episodes failed to train on the rest         (RuntimeError)
     ├── TrainingCollapsedError  learning diverged and did not recover               (RuntimeError)
+    ├── OutOfMemoryError      an update does not fit into memory                    (MemoryError)
     ├── EpisodeTimeoutError   an episode or a call ran past its deadline            (TimeoutError)
     ├── EngineError           an engine stopped or cannot answer                    (RuntimeError)
     ├── CheckpointError       a checkpoint or run folder cannot be used             (RuntimeError)
@@ -58,6 +59,10 @@ class EpisodesFailedError(MarftError, RuntimeError):
 
 class TrainingCollapsedError(MarftError, RuntimeError):
     """Learning diverged, and going back to a good checkpoint did not help."""
+
+
+class OutOfMemoryError(MarftError, MemoryError):
+    """An update does not fit into memory, not even call by call."""
 
 
 class EpisodeTimeoutError(MarftError, TimeoutError):

@@ -36,6 +36,7 @@ from marft_graph.errors import (
 from marft_graph.evaluation import EVAL_SEED, Evaluation, failure_reasons, summarize
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.learn.groups import share_of_equal_groups, without_equal_groups
+from marft_graph.learn.memory import update_within_memory
 from marft_graph.learn.update import Learner
 from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team
@@ -310,7 +311,7 @@ class Trainer:
         rolled_out = time.perf_counter()
         stats, collapsed = {}, None
         try:
-            stats = self._learner.update(learnt, self.iteration)
+            stats = update_within_memory(self._learner, self.team, learnt, self.iteration)
         except TrainingCollapsedError as error:
             collapsed = str(error)
         self._engine.publish(self.iteration)

@@ -50,6 +50,8 @@ class Learner:
         }
         self.rate_scale = 1.0
         """Multiplies every adapter's learning rate; lowered after a collapse."""
+        self.microbatch_tokens = settings.microbatch_tokens
+        """Most padded tokens in a forward pass; lowered where memory is short."""
         self.optimizers = {
             agent: torch.optim.AdamW(
                 team.parameters(agent), lr=rate, weight_decay=settings.weight_decay
@@ -181,7 +183,7 @@ class Learner:
         penalized = settings.kl_in == "reward" and settings.kl_coef > 0
         if not (is_updated or self.critics or penalized):
             return batch
-        for indices in microbatches(calls, settings.microbatch_tokens):
+        for indices in microbatches(calls, self.microbatch_tokens):
             tokens = batch.tokens(indices)
             states, logprobs, _ = self._forward(agent, batch, indices, is_base=True)
             reference[tokens] = logprobs.cpu()
@@ -204,7 +206,7 @@ class Learner:
     def _logprobs(self, agent: str, batch: AgentBatch) -> Tensor:
         """Log-probs (N,) of an agent's actions under its adapter as it is now."""
         logprobs_N = torch.empty(batch.offsets[-1])
-        for indices in microbatches(batch.calls, self._settings.microbatch_tokens):
+        for indices in microbatches(batch.calls, self.microbatch_tokens):
             logprobs_N[batch.tokens(indices)] = self._forward(agent, batch, indices)[1].cpu()
         return logprobs_N
 
@@ -284,7 +286,7 @@ class Learner:
         token_count = sum(len(call.completion_ids) for call in calls)
         sums = dict.fromkeys(("policy", "entropy", "kl_base", "kl_step", "clipped"), 0.0)
         gap = 0.0
-        for part in microbatches(calls, settings.microbatch_tokens):
+        for part in microbatches(calls, self.microbatch_tokens):
             chosen = [indices[i] for i in part]
             tokens = batch.tokens(chosen)
             _, logprobs_N, entropy_N = self._forward(agent, batch, chosen)
