@@ -30,6 +30,7 @@ from marft_graph.errors import (
     ModelError,
     WorkflowError,
 )
+from marft_graph.secret import without_secrets
 from marft_graph.visible import visible
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class _Commands(click.Group):
             with _shown_warnings():
                 return super().invoke(ctx)
         except MarftError as error:
-            message = visible(" ".join(str(error).split()))
+            message = visible(without_secrets(" ".join(str(error).split())))
             click.secho(f"error: {message}", fg="red", err=True)
             ctx.exit(2 if isinstance(error, _BAD_INPUT) else 1)
         except KeyboardInterrupt as error:
@@ -80,7 +81,7 @@ class _Commands(click.Group):
 
 class _VisibleFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
+        return visible(without_secrets(super().format(record)))
 
 
 @contextlib.contextmanager

@@ -108,6 +108,11 @@ class TrainConfig:
     trust_remote_code: bool = setting(
         False, "run Python code that comes with the base model from the hub"
     )
+    special_tokens_in_text: bool = setting(
+        False,
+        "encode special tokens that messages and data contain as such, so that they may open turns "
+        "of their own; otherwise they are plain text",
+    )
     nodes: tuple[str, ...] = setting(
         (), "nodes to train, as `inspect` names them; none: every agent"
     )

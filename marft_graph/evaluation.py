@@ -98,7 +98,12 @@ def evaluate_export(
     examples = as_examples(dataset, "dataset", config.eval_examples or None)
     count = min(config.eval_examples or len(examples), len(examples))
     folders = manifest.folders(Path(export_dir), base_model)
-    team = Team.from_folders(folders, device=config.device, dtype=manifest.dtype)
+    team = Team.from_folders(
+        folders,
+        device=config.device,
+        dtype=manifest.dtype,
+        special_tokens_in_text=manifest.special_tokens_in_text,
+    )
     engine = local_engine(team, max_batch_size=config.max_batch_size)
     try:
         episodes = run_episodes(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import shutil
 import statistics
 import time
@@ -62,6 +63,7 @@ from marft_graph.run.trajectories import write_traces
 
 logger = logging.getLogger(__name__)
 
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _SHOWN_EXAMPLES = 8
 """Of the training data, to check their keys and for a dry run."""
 
@@ -230,7 +232,12 @@ class Trainer:
 
         Raises:
             DatasetError: there is no `eval_dataset`.
+            ConfigError: `name` is no file's name.
         """
+        if name is not None and not _FILE_NAME.fullmatch(name):
+            raise ConfigError(
+                f"evaluate: name is {name!r}; give letters, digits, '.', '_' and '-', not a path"
+            )
         if self._eval is None:
             raise DatasetError("evaluate() needs held-out examples: give Trainer an eval_dataset")
         count = min(self.config.eval_examples or len(self._eval), len(self._eval))

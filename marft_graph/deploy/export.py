@@ -42,6 +42,8 @@ class Manifest:
     """Digest of every other file in the folder, by relative path."""
     constrain_output: bool = False
     """Whether structured output was constrained to its schema in training."""
+    special_tokens_in_text: bool = False
+    """Whether special tokens in messages' text were encoded as such in training."""
 
     def folders(self, folder: Path, base_model: str | None = None) -> dict[str, tuple[str, Path]]:
         """Base model and folder of each adapter.
@@ -146,6 +148,7 @@ def _fill(
         "adapters": listed,
         "max_new_tokens": config.max_new_tokens,
         "constrain_output": config.constrain_output,
+        "special_tokens_in_text": config.special_tokens_in_text,
         "metrics": dict(metrics),
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
     }

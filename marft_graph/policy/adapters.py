@@ -83,6 +83,7 @@ class Policy:
         dtype: str = "float32",
         quantization: Quantization = "none",
         trust_remote_code: bool = False,
+        special_tokens_in_text: bool = False,
         seed: int = 0,
     ) -> Policy:
         """Load the base once and give every agent its adapter.
@@ -95,7 +96,12 @@ class Policy:
             ConfigError: a LoRA target does not exist in the model.
         """
         base, tokenizer, codec = load_base(
-            base_model, device, dtype, trust_remote_code, quantization
+            base_model,
+            device,
+            dtype,
+            trust_remote_code,
+            quantization,
+            special_tokens_in_text=special_tokens_in_text,
         )
         model: PeftModel | None = None
         for agent in agents:
@@ -135,13 +141,16 @@ class Policy:
         *,
         device: str = "auto",
         dtype: str = "float32",
+        special_tokens_in_text: bool = False,
     ) -> Policy:
         """Load the base and adapters in PEFT format (agent -> folder), for inference.
 
         Raises:
             ModelError: the base or an adapter cannot be loaded.
         """
-        base, tokenizer, codec = load_base(base_model, device, dtype)
+        base, tokenizer, codec = load_base(
+            base_model, device, dtype, special_tokens_in_text=special_tokens_in_text
+        )
         model: PeftModel | None = None
         for agent, folder in folders.items():
             if not (folder / _WEIGHTS).is_file():  # PEFT would read a pickle in its place
@@ -318,6 +327,8 @@ def load_base(
     dtype: str,
     trust_remote_code: bool = False,
     quantization: Quantization = "none",
+    *,
+    special_tokens_in_text: bool = False,
 ) -> tuple[PreTrainedModel, Any, TokenizerCodec]:
     """The frozen base model, its tokenizer and codec.
 
@@ -369,7 +380,11 @@ def load_base(
     if not more:
         base.to(target)  # type: ignore[arg-type]
     base.requires_grad_(False)
-    return base, tokenizer, TokenizerCodec(tokenizer, context)
+    return (
+        base,
+        tokenizer,
+        TokenizerCodec(tokenizer, context, special_tokens_in_text=special_tokens_in_text),
+    )
 
 
 def _quantized(quantization: Quantization, dtype: str, device: torch.device) -> dict[str, Any]:

@@ -57,7 +57,13 @@ class TokenizerCodec:
     are: the new prompt then begins with the tokens already seen, however they were sampled.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        context_length: int,
+        *,
+        special_tokens_in_text: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._context_length = context_length
         added = tokenizer.added_tokens_decoder.values()
@@ -65,6 +71,9 @@ class TokenizerCodec:
         special.update(tokenizer.all_special_tokens)
         self._special = (_OPEN, *sorted(special, key=len, reverse=True))
         self._special_pattern = re.compile("|".join(map(re.escape, self._special)))
+        self._shielded_pattern = self._special_pattern
+        if special_tokens_in_text:
+            self._shielded_pattern = re.compile(_OPEN)
         # Once and for all: encoding special tokens as text changes a tokenizer that threads share.
         self._as_text = [
             tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True)
@@ -103,8 +112,9 @@ class TokenizerCodec:
         """Token ids of the conversation, ending where the assistant's turn begins.
 
         Special tokens written inside a message's text, a tool call's arguments or a tool's schema
-        are encoded as plain text. A sampled message that the template cannot write, as its tool
-        calls are malformed or too many, is written as the model wrote it.
+        are encoded as plain text, unless `special_tokens_in_text` was asked for. A sampled
+        message that the template cannot write, as its tool calls are malformed or too many, is
+        written as the model wrote it.
 
         Raises:
             ModelError: the template refuses the conversation.
@@ -327,7 +337,7 @@ class TokenizerCodec:
     def _shielded(self, value: Any, *, allowed: frozenset[str] = frozenset()) -> Any:
         """The value with special tokens in its texts replaced by sentinels, save those allowed."""
         if isinstance(value, str):
-            return self._special_pattern.sub(
+            return self._shielded_pattern.sub(
                 lambda found: (
                     found[0]
                     if found[0] in allowed
