@@ -15,6 +15,7 @@
     ├── EngineError           an engine stopped or cannot answer                    (RuntimeError)
     ├── CheckpointError       a checkpoint or run folder cannot be used             (RuntimeError)
     ├── ExportError           an export folder cannot be written or read            (RuntimeError)
+    ├── SandboxError          model-written code cannot be run safely here           (RuntimeError)
     └── WorkflowError         a workflow folder, file or variable cannot be loaded  (ValueError)
 
 Each message names what was wrong, where, and what would be accepted.
@@ -83,3 +84,7 @@ class ExportError(MarftError, RuntimeError):
 
 class WorkflowError(MarftError, ValueError):
     """A workflow folder, a Python file or a variable in it cannot be loaded."""
+
+
+class SandboxError(MarftError, RuntimeError):
+    """Model-written code cannot be run here, as a limit cannot be set or does not hold."""

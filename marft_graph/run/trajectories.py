@@ -69,8 +69,9 @@ def write_traces(
 ) -> Path:
     """Write episodes to a parquet file, failed ones included.
 
-    Examples and messages are JSON; a value that JSON does not know is kept as its `repr`. Secrets of
-    the environment are replaced by their names, see `marft_graph.secret`. Other text that UTF-8 cannot hold (lone surrogates in an error message) gets backslash escapes.
+    Examples and messages are JSON; a value that JSON does not know is kept as its `repr`. Secrets
+    of the environment are replaced by their names, see `marft_graph.secret`. Other text that UTF-8
+    cannot hold (lone surrogates in an error message) gets backslash escapes.
 
     Args:
         path: the file; it is written beside and renamed, so it is never half there.
