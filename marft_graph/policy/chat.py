@@ -46,6 +46,7 @@ PLAIN_TEMPLATE = (
 # rendered, so that text from data can never become a turn of its own.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _SENTINEL = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NINE_LETTER_IDS = re.compile(r"length\s*!=\s*9")
 
 
@@ -337,6 +338,7 @@ class TokenizerCodec:
     def _shielded(self, value: Any, *, allowed: frozenset[str] = frozenset()) -> Any:
         """The value with special tokens in its texts replaced by sentinels, save those allowed."""
         if isinstance(value, str):
+            value = _SURROGATE.sub("\ufffd", value)  # no token can stand for it
             return self._shielded_pattern.sub(
                 lambda found: (
                     found[0]

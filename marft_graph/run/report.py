@@ -35,10 +35,12 @@ body{background:#111827}}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);max-width:68rem;margin:0 auto;padding:1rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}
 .big{font-size:1.3rem}.soft{color:var(--soft)}.good{color:var(--good)}
-table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}
+table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top;
+overflow-wrap:anywhere}
 .wide{overflow-x:auto}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr));gap:1rem}
-.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .9rem}
+.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .9rem;
+min-width:0;overflow-wrap:anywhere}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0 .6rem;font-size:.85rem;
 max-height:16rem;overflow-y:auto}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1rem}
@@ -241,8 +243,7 @@ def _collapses(rows: Sequence[Mapping[str, Any]]) -> str:
     if not found:
         return ""
     lines = "".join(
-        f"<tr><td>{row['iteration']}</td><td>{html.escape(row['collapsed'])}</td></tr>"
-        for row in found
+        f"<tr><td>{row['iteration']}</td><td>{_text(row['collapsed'])}</td></tr>" for row in found
     )
     return (
         "<h2>Collapses</h2><p>After each, the last good checkpoint was put back with lower "
@@ -258,7 +259,7 @@ def _failures(rows: Sequence[Mapping[str, Any]]) -> str:
     if not reasons:
         return "<h2>Failures</h2><p>No training episode failed.</p>"
     lines = "".join(
-        f"<tr><td>{html.escape(reason)}</td><td>{count}</td></tr>"
+        f"<tr><td>{_text(reason)}</td><td>{count}</td></tr>"
         for reason, count in reasons.most_common()
     )
     return (
@@ -284,10 +285,10 @@ def _samples(before: Sequence[Episode], after: Sequence[Episode]) -> str:
 
 def _episode(episode: Episode, when: str) -> str:
     calls = "".join(
-        f"<div><b>{html.escape(call.node)}</b><pre>{_text(_last_words(call.messages))}</pre></div>"
+        f"<div><b>{_text(call.node)}</b><pre>{_text(_last_words(call.messages))}</pre></div>"
         for call in episode.calls
     )
-    outcome = f"return {episode.total_reward:.2f}" if episode.ok else html.escape(episode.status)
+    outcome = f"return {episode.total_reward:.2f}" if episode.ok else _text(episode.status)
     example = _text(json.dumps(dict(episode.example), ensure_ascii=False))
     return (
         f'<div class="card"><span class="soft">{when}, {outcome}</span>'
