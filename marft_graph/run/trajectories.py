@@ -105,19 +105,23 @@ def read_traces(path: str | Path) -> list[Episode]:
     """The episodes of a file that `write_traces` wrote; their `state` is None.
 
     Raises:
-        CheckpointError: the file is missing, is no parquet file, or lacks columns.
+        CheckpointError: the file is missing, is no parquet file, lacks columns, or its values are
+            no episodes.
     """
     try:
         table = pq.read_table(path, partitioning=None)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, TypeError, LookupError, pa.ArrowException) as error:
         raise CheckpointError(f"cannot read traces from {path}: {error}") from error
     missing = [name for name in _NEEDED if name not in table.column_names]
     if missing:
         raise CheckpointError(f"{path} holds no traces: it has no column {', '.join(missing)}")
     by_episode: dict[int, list[dict[str, Any]]] = {}
-    for row in table.to_pylist():
-        by_episode.setdefault(row["episode"], []).append(row)
-    return [_episode(rows) for rows in by_episode.values()]
+    try:
+        for row in table.to_pylist():
+            by_episode.setdefault(row["episode"], []).append(row)
+        return [_episode(rows) for rows in by_episode.values()]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} holds no traces: {error!r}") from error
 
 
 def to_json(value: Any) -> str:
