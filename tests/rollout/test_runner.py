@@ -1,6 +1,7 @@
 """Many episodes at once: order, seeds, failures, deadlines, rewards."""
 
 import asyncio
+import dataclasses
 import operator
 import threading
 import time
@@ -358,3 +359,21 @@ def test_a_reward_that_fails_may_drop_its_episode_instead_of_stopping_the_run(en
     assert "'q': '1'" in episodes[1].error
     assert [e.total_reward for e in episodes] == [1.0, 0.0, 0.0]
     assert [e.state is None for e in episodes] == [False, True, True]
+
+
+def test_an_empty_answer_is_an_answer_but_no_token_at_all_is_a_failure():
+    engine = FakeEngine("")
+    (episode,) = run_episodes(duo(), examples(1), engine=engine)
+    assert episode.ok
+    assert [call.completion_ids for call in episode.calls] == [(256,), (256,)]
+    engine.close()
+
+    class Silent(FakeEngine):
+        def _completion(self, answer, request):
+            return dataclasses.replace(super()._completion(answer, request), ids=(), logprobs=())
+
+    engine = Silent("")
+    (episode,) = run_episodes(duo(), examples(1), engine=engine)
+    engine.close()
+    assert episode.status == "failed: EngineError in reasoner"
+    assert "node 'reasoner' with no token at all" in episode.error
