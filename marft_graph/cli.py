@@ -3,15 +3,18 @@
 Owns words on the terminal and exit codes; the library does the work. The heavy imports (torch and
 what stands on it) happen inside the commands, so that `--help` answers at once.
 
-Exit codes: 0 done; 1 the run failed; 2 the input was wrong (an option, a setting, a graph, a data
-set, a model, a workflow); 130 stopped with Ctrl-C after writing a checkpoint.
+Exit codes are in `EXIT_CODES`. Text that a model may have written (it is in some error messages)
+reaches the terminal with its control characters made visible.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import shlex
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +30,8 @@ from marft_graph.errors import (
     ModelError,
     WorkflowError,
 )
+from marft_graph.secret import without_secrets
+from marft_graph.visible import visible
 
 if TYPE_CHECKING:
     from marft_graph.evaluation import Evaluation
@@ -34,6 +39,15 @@ if TYPE_CHECKING:
     from marft_graph.trainer import TrainResult
     from marft_graph.workflow import Workflow
 
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    the run failed, or its folder cannot be used
+  2    the input was wrong: an option, a setting, a graph, a data set, a model, a workflow
+  130  stopped by SIGINT (Ctrl-C), 143 by SIGTERM. The first signal finishes the
+       running step and writes a checkpoint, from which --resume continues; a
+       second one stops at once, and the last checkpoint stays.
+"""
 _BAD_INPUT = (ConfigError, GraphError, DatasetError, ModelError, WorkflowError)
 # Formats of `inspect`, with the end of a file's name that asks for them.
 _SUFFIXES = {
@@ -54,17 +68,38 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _shown_warnings():
+                return super().invoke(ctx)
         except MarftError as error:
-            message = " ".join(str(error).split())
+            message = visible(without_secrets(" ".join(str(error).split())))
             click.secho(f"error: {message}", fg="red", err=True)
             ctx.exit(2 if isinstance(error, _BAD_INPUT) else 1)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             click.secho("stopped", fg="red", err=True)
-            ctx.exit(130)
+            ctx.exit(128 + getattr(error, "signum", signal.SIGINT))
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+class _VisibleFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(without_secrets(super().format(record)))
+
+
+@contextlib.contextmanager
+def _shown_warnings() -> Iterator[None]:
+    """The package's warnings go to stderr, whatever is in them."""
+    package = logging.getLogger("marft_graph")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_VisibleFormatter("%(message)s"))
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+
+
+@click.group(
+    cls=_Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(package_name="marft-graph")
 def main() -> None:
     """Train a LangGraph app with one LoRA adapter per node, and use what was trained.
@@ -73,13 +108,20 @@ def main() -> None:
     """
 
 
-@main.command(cls=SettingsCommand)
+@main.command(cls=SettingsCommand, epilog=EXIT_CODES)
 @click.argument("workflow")
 @click.option("--run-dir", type=_FOLDER, required=True, help="Folder for what the run writes.")
 @click.option("--dataset", help="Data set to train on: a name or path that the workflow knows.")
 @click.option("--config", "config_file", type=_FILE, help="YAML file with settings.")
 @click.option("--overwrite", is_flag=True, help="Delete the run that is in the folder first.")
 @click.option("--resume", is_flag=True, help="Continue the run in the folder, with its settings.")
+@click.option(
+    "--accept-changes",
+    metavar="NAME",
+    multiple=True,
+    help="With --resume: a setting that may differ though it changes the mathematics, or `graph` "
+    "for the graph; may be given several times.",
+)
 @settings_options
 def train(
     workflow: str,
@@ -88,6 +130,7 @@ def train(
     config_file: Path | None,
     overwrite: bool,
     resume: bool,
+    accept_changes: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Train the agents of WORKFLOW.
@@ -96,6 +139,8 @@ def train(
     the file given with --config, an option given here. Ctrl-C ends with a checkpoint, from which
     --resume continues.
     """
+    if accept_changes and not resume:
+        raise click.UsageError("--accept-changes goes with --resume")
     if overwrite and resume:
         raise click.UsageError("--overwrite and --resume exclude each other")
     target, load_data, reward = _load_task(workflow)
@@ -119,6 +164,7 @@ def train(
         inputs=target.inputs,
         overwrite=overwrite,
         resume=resume,
+        accept_changes=accept_changes,
         extra_settings={} if dataset is None else {"dataset": dataset},
     ) as trainer:
         result = trainer.train()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -107,6 +108,11 @@ class TrainConfig:
     trust_remote_code: bool = setting(
         False, "run Python code that comes with the base model from the hub"
     )
+    special_tokens_in_text: bool = setting(
+        False,
+        "encode special tokens that messages and data contain as such, so that they may open turns "
+        "of their own; otherwise they are plain text",
+    )
     nodes: tuple[str, ...] = setting(
         (), "nodes to train, as `inspect` names them; none: every agent"
     )
@@ -179,6 +185,14 @@ class TrainConfig:
     reward_concurrency: int = setting(64, "reward calls that run at once", at_least=1)
     max_failed_share: float = setting(
         0.5, "stop if a larger share of an iteration's episodes fails", at_least=0, at_most=1
+    )
+    fault_rewards: tuple[str, ...] = setting(
+        (),
+        "exceptions that are the policy's own fault, with the outcome that they earn, such as "
+        "OutputParserException=-1; all others are failures, which nothing is learnt from",
+    )
+    reward_errors: Literal["stop", "drop"] = setting(
+        "stop", "what a reward function that fails does: stop the run, or drop its episode"
     )
 
     filter_rounds: int = setting(
@@ -305,9 +319,17 @@ class TrainConfig:
         20, "iterations between checkpoints; 0: only at the end", at_least=0
     )
     keep_checkpoints: int = setting(3, "newest checkpoints that stay on disk", at_least=1)
+    stop_timeout: float = setting(
+        300.0,
+        "SIGINT or SIGTERM: time in which the running step may finish before it is interrupted",
+        unit="seconds",
+        above=0,
+        at_most=86_400,
+    )
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        fault_rewards_of(self.fault_rewards)
 
     @property
     def episodes_per_iteration(self) -> int:
@@ -336,6 +358,31 @@ class TrainConfig:
         return _plain(values)
 
 
+def fault_rewards_of(entries: tuple[str, ...]) -> dict[str, float]:
+    """`fault_rewards` as names of exceptions and what they earn.
+
+    Raises:
+        ConfigError: an entry is no `Name=number`.
+
+    >>> fault_rewards_of(("OutputParserException=-1",))
+    {'OutputParserException': -1.0}
+    """
+    found = {}
+    for entry in entries:
+        name, _, value = entry.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not name.strip().isidentifier() or not math.isfinite(number):
+            raise ConfigError(
+                f"fault_rewards has {entry!r}; each entry is the name of an exception's class and "
+                "a number, such as OutputParserException=-1"
+            )
+        found[name.strip()] = number
+    return found
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
@@ -344,9 +391,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read settings from {path}: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if values is None:
         return {}

@@ -105,7 +105,8 @@ class Episode:
     status: str = "ok"
     """`ok`, or `failed: REASON` with a short reason that episodes can be counted by."""
     error: str = ""
-    """Where the episode failed: the full message, with the node."""
+    """Where the episode failed: the full message, with the node. An episode that is `ok` and has
+    one ended with an error that is the policy's own fault, and earned what was set for it."""
     seed: int = 0
     example_index: int = 0
     """Position of the example in the list given to the rollout: episodes of one example share it

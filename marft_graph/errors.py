@@ -10,11 +10,13 @@
     ├── RewardError           the reward function raised or returned no number      (RuntimeError)
     ├── EpisodesFailedError   too many episodes failed to train on the rest         (RuntimeError)
     ├── TrainingCollapsedError  learning diverged and did not recover               (RuntimeError)
+    ├── OutOfMemoryError      an update does not fit into memory                    (MemoryError)
     ├── EpisodeTimeoutError   an episode or a call ran past its deadline            (TimeoutError)
     ├── EngineError           an engine stopped or cannot answer                    (RuntimeError)
     ├── DistributedError      another of the processes that train together failed   (RuntimeError)
     ├── CheckpointError       a checkpoint or run folder cannot be used             (RuntimeError)
     ├── ExportError           an export folder cannot be written or read            (RuntimeError)
+    ├── SandboxError          model-written code cannot be run safely here           (RuntimeError)
     └── WorkflowError         a workflow folder, file or variable cannot be loaded  (ValueError)
 
 Each message names what was wrong, where, and what would be accepted.
@@ -61,6 +63,10 @@ class TrainingCollapsedError(MarftError, RuntimeError):
     """Learning diverged, and going back to a good checkpoint did not help."""
 
 
+class OutOfMemoryError(MarftError, MemoryError):
+    """An update does not fit into memory, not even call by call."""
+
+
 class EpisodeTimeoutError(MarftError, TimeoutError):
     """An episode, or one model call of it, ran past its deadline."""
 
@@ -83,3 +89,7 @@ class ExportError(MarftError, RuntimeError):
 
 class WorkflowError(MarftError, ValueError):
     """A workflow folder, a Python file or a variable in it cannot be loaded."""
+
+
+class SandboxError(MarftError, RuntimeError):
+    """Model-written code cannot be run here, as a limit cannot be set or does not hold."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marft_graph.config import TrainConfig
+from marft_graph.config import TrainConfig, fault_rewards_of
 from marft_graph.data import as_examples
 from marft_graph.deploy.export import read_manifest
 from marft_graph.engine.routing import local_engine
@@ -98,7 +98,12 @@ def evaluate_export(
     examples = as_examples(dataset, "dataset", config.eval_examples or None)
     count = min(config.eval_examples or len(examples), len(examples))
     folders = manifest.folders(Path(export_dir), base_model)
-    team = Team.from_folders(folders, device=config.device, dtype=manifest.dtype)
+    team = Team.from_folders(
+        folders,
+        device=config.device,
+        dtype=manifest.dtype,
+        special_tokens_in_text=manifest.special_tokens_in_text,
+    )
     engine = local_engine(team, max_batch_size=config.max_batch_size)
     try:
         episodes = run_episodes(
@@ -118,6 +123,8 @@ def evaluate_export(
             temperature=config.temperature,
             max_new_tokens=manifest.max_new_tokens,
             constrain_output=manifest.constrain_output,
+            fault_rewards=fault_rewards_of(config.fault_rewards),
+            reward_errors=config.reward_errors,
             greedy=greedy,
         )
     finally:

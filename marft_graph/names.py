@@ -45,17 +45,23 @@ def adapter_name(path: str) -> str:
     ('Bull-20Researcher', 'team-2Fwriter', 'actor')
     """
     name = "".join(
-        char if _PLAIN.fullmatch(char) else "".join(f"-{byte:02X}" for byte in char.encode())
+        char
+        if _PLAIN.fullmatch(char)
+        else "".join(f"-{byte:02X}" for byte in char.encode("utf-8", "surrogatepass"))
         for char in path
     )
     return name.replace("lora_", "lora-5F")
 
 
 def agent_of_adapter(name: str) -> str:
-    """The agent path behind an adapter name.
+    """The agent path behind an adapter name; of other names, as much as can be read.
 
     >>> agent_of_adapter("Bull-20Researcher")
     'Bull Researcher'
     """
-    raw = re.sub(rb"-([0-9A-F]{2})", lambda m: bytes([int(m[1], 16)]), name.encode())
-    return raw.decode()
+    plain = name.encode("utf-8", "surrogatepass")
+    raw = re.sub(rb"-([0-9A-F]{2})", lambda m: bytes([int(m[1], 16)]), plain)
+    try:
+        return raw.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return raw.decode("utf-8", "replace")

@@ -6,12 +6,13 @@ because it also writes the run folder, and rooms import only from those above th
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
+import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -19,10 +20,10 @@ from typing import Any, Self
 
 from langgraph.pregel import Pregel
 
-from marft_graph.agents import adapters_of, agents_of
-from marft_graph.config import TrainConfig, read_yaml
+from marft_graph.agents import Agent, adapters_of, agents_of
+from marft_graph.config import TrainConfig, fault_rewards_of
 from marft_graph.data import as_examples, training_data
-from marft_graph.deploy.export import export_run, write_export
+from marft_graph.deploy.export import export_run, read_manifest, write_export
 from marft_graph.engine.local import LocalEngine
 from marft_graph.engine.routing import RoutingEngine, local_engine
 from marft_graph.engine.vllm import VllmEngine, check_engine_settings, vllm_engine
@@ -32,55 +33,39 @@ from marft_graph.errors import (
     ConfigError,
     DatasetError,
     EpisodesFailedError,
+    MarftError,
     TrainingCollapsedError,
 )
 from marft_graph.evaluation import EVAL_SEED, Evaluation, failure_reasons, summarize
 from marft_graph.graph.compile import as_compiled, compile_graph
-from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.learn.groups import share_of_equal_groups, without_equal_groups
+from marft_graph.learn.memory import update_within_memory
 from marft_graph.learn.update import Learner
 from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team
+from marft_graph.rollout.quiescence import hung_threads
 from marft_graph.rollout.rewards import Rewards, as_reward_function, mean_parts
 from marft_graph.rollout.runner import check_examples, run_episodes
 from marft_graph.run.checkpoint import (
+    has_checkpoints,
     latest_checkpoint,
     prune,
     verify,
     write_folder_atomically,
 )
-from marft_graph.run.folder import claim_run_folder, describe_run
+from marft_graph.run.folder import begin_in, claim_run_folder, describe_run, remove_leftovers
 from marft_graph.run.health import Health
+from marft_graph.run.lock import RunLock
 from marft_graph.run.report import write_report
+from marft_graph.run.resume import check_accepted, check_same_run
 from marft_graph.run.state import RunState, load_weights, read_state, write_state
-from marft_graph.run.stopping import stop_requests
+from marft_graph.run.stopping import Stopped, stop_requests
 from marft_graph.run.tracking import MetricsLog, TrainingProgress, read_metrics
 from marft_graph.run.trajectories import write_traces
 
 logger = logging.getLogger(__name__)
 
-# Settings that may differ when a run is continued: they change no iteration's mathematics.
-_FREE_ON_RESUME = frozenset(
-    {
-        "iterations",
-        "eval_every",
-        "eval_examples",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "device",
-        "engine_urls",
-        "engine_timeout",
-        "engine_patience",
-        "vllm_python",
-        "vllm_args",
-        "reward_concurrency",
-        "max_recoveries",
-        "early_stop",
-        "load_best",
-    }
-)
-
-
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _SHOWN_EXAMPLES = 8
 """Of the training data, to check their keys and for a dry run."""
 
@@ -120,6 +105,8 @@ class Trainer:
         inputs: makes the graph's input from an example, where its keys do not.
         overwrite: delete what an earlier run left in `run_dir`.
         resume: continue the run in `run_dir` from its newest intact checkpoint.
+        accept_changes: where a run is resumed, names of settings that may differ though they change
+            the mathematics; `graph` for the graph.
         extra_settings: more lines for the run's `config.yaml` (the command line's `dataset`).
 
     Raises:
@@ -139,6 +126,7 @@ class Trainer:
         inputs: Callable[[Mapping[str, Any]], Any] | None = None,
         overwrite: bool = False,
         resume: bool = False,
+        accept_changes: Sequence[str] = (),
         extra_settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = (
@@ -147,6 +135,10 @@ class Trainer:
         if self.config.constrain_output:
             require_grammar_library()
         check_engine_settings(self.config)
+        check_accepted(accept_changes)
+        earlier = self.config.start_from
+        if earlier is not None and (Path(earlier).expanduser() / "manifest.json").exists():
+            read_manifest(Path(earlier).expanduser())
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
         found = compile_graph(self.graph)
         self._reward = as_reward_function(reward)
@@ -166,31 +158,32 @@ class Trainer:
         agents = agents_of(self.nodes, self.config)
         _check_alternate_order(self.config, [agent.name for agent in agents])
         self.flex_mg = found.training(self.nodes, adapters_of(agents))
-        self.run_dir = claim_run_folder(run_dir, overwrite=overwrite, resume=resume)
-        self._extra_settings = dict(extra_settings or {})
-        self.team = Team.load(agents, self.config)
-        rates = {agent.name: agent.learning_rate for agent in agents}
-        self._learner = Learner(self.team, self.config, rates)
-        self._engine: LocalEngine | RoutingEngine | VllmEngine
-        if self.config.engine == "vllm":
-            self._engine = vllm_engine(self.team, agents, self.config, self.run_dir)
-        else:
-            self._engine = local_engine(
-                self.team,
-                max_batch_size=self.config.max_batch_size,
-                cache_gib=self.config.cache_gib,
+        self._lock = RunLock()
+        self._has_begun = resume
+        self.run_dir = claim_run_folder(run_dir, self._lock, overwrite=overwrite, resume=resume)
+        try:
+            self._extra_settings = dict(extra_settings or {})
+            self.team = Team.load(agents, self.config)
+            rates = {agent.name: agent.learning_rate for agent in agents}
+            self._learner = Learner(self.team, self.config, rates)
+            self._health = Health(
+                entropy_floor=self.config.entropy_floor,
+                kl_ceiling=self.config.kl_ceiling,
+                return_floor=self.config.return_floor,
             )
-        # The version of the weights as they are, where the engine does not have them yet.
-        self._unpublished: int | None = 0
-        self._health = Health(
-            entropy_floor=self.config.entropy_floor,
-            kl_ceiling=self.config.kl_ceiling,
-            return_floor=self.config.return_floor,
-        )
-        self._known_greedy: set[str] = set()
-        self._state = RunState()
-        if resume:
-            self._resume()
+            self._known_greedy: set[str] = set()
+            self._state = RunState()
+            self._is_between_steps = True
+            """Whether weights, metrics and data position are those of one iteration."""
+            self._saved_iteration: int | None = None
+            # The version of the weights as they are, where the engine does not have them yet.
+            self._unpublished: int | None = 0
+            if resume:
+                self._resume(accept_changes)
+            self._engine = self._make_engine(agents)
+        except BaseException:
+            self._lock.release()
+            raise
 
     # The public verbs
 
@@ -202,40 +195,33 @@ class Trainer:
     def train(self, *, progress: bool = True) -> TrainResult:
         """Run all iterations; evaluations, checkpoints and the report go to the run folder.
 
-        The first Ctrl-C finishes the running iteration, writes a checkpoint and the report, and
-        raises KeyboardInterrupt; a second one stops at once.
+        The first SIGINT (Ctrl-C) or SIGTERM finishes the running iteration if that takes no longer
+        than `stop_timeout`, writes a checkpoint and the report, and raises `Stopped`, which is a
+        KeyboardInterrupt; a second one stops at once. A run that an error ends is saved likewise.
 
         Raises:
+            CheckpointError: another process has the run folder, or it cannot be written.
             EpisodesFailedError: too many episodes failed; the message has the reasons.
             RewardError: the reward function raised; the message has the example.
         """
-        log = self._open_run_folder()
-        bar = TrainingProgress(self.config.iterations, start=self.iteration, enabled=progress)
-        with bar, stop_requests() as stop:
-            before: _Evaluations = (None, None)
-            if self.iteration == 0:
-                before = self._evaluate_both(log, "before")
-                self._checkpoint(None if before[0] is None else before[0].return_mean)
-            while self._goes_on() and not stop.is_set():
-                row = self._iterate()
-                log.write(row)
-                if row["collapsed"] is not None:
-                    self._recover(row["collapsed"])
-                elif _due(self.config.eval_every, self.iteration, self.config.iterations):
-                    row |= self._log_evaluation(log, self.evaluate())
-                bar.update(row)
-                if _due(self.config.checkpoint_every, self.iteration, self.config.iterations) or (
-                    self._state.best_iteration == self.iteration
-                ):
-                    self._checkpoint(row.get("eval_return"))
-            if stop.is_set():
-                self._checkpoint(None)
-                write_report(self.run_dir)
-                raise KeyboardInterrupt
-            if self.config.load_best:
-                self._put_back_best()
-            after = self._evaluate_both(log, "after")
-        self._checkpoint(None if after[0] is None else after[0].return_mean)
+        with self._in_run_folder() as log, stop_requests(self.config.stop_timeout) as stop:
+            bar = TrainingProgress(self.config.iterations, start=self.iteration, enabled=progress)
+            try:
+                with bar:
+                    before = self._first_evaluation(log)
+                    while self._goes_on() and not stop.is_set():
+                        bar.update(self._step(log))
+                    stop.check()
+                    if self.config.load_best:
+                        self._put_back_best()
+                    after = self._evaluate_both(log, "after")
+                self._checkpoint(None if after[0] is None else after[0].return_mean)
+            except BaseException as error:
+                if not isinstance(error, Stopped) or error.is_first:
+                    stop.met()
+                    self._save_before(error)
+                raise
+            stop.met()
         target = self.run_dir / "export"
         shutil.rmtree(target, ignore_errors=True)  # our own, of an earlier part of this run
         export = export_run(self.run_dir, target)
@@ -251,7 +237,12 @@ class Trainer:
 
         Raises:
             DatasetError: there is no `eval_dataset`.
+            ConfigError: `name` is no file's name.
         """
+        if name is not None and not _FILE_NAME.fullmatch(name):
+            raise ConfigError(
+                f"evaluate: name is {name!r}; give letters, digits, '.', '_' and '-', not a path"
+            )
         if self._eval is None:
             raise DatasetError("evaluate() needs held-out examples: give Trainer an eval_dataset")
         count = min(self.config.eval_examples or len(self._eval), len(self._eval))
@@ -276,8 +267,9 @@ class Trainer:
             shutil.rmtree(staging, ignore_errors=True)
 
     def close(self) -> None:
-        """Stop the engine, and a server that it started."""
+        """Stop the engine, and a server that it started, and let the run folder go."""
         self._engine.close()
+        self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -290,16 +282,57 @@ class Trainer:
     ) -> None:
         self.close()
 
+    def _make_engine(self, agents: Sequence[Agent]) -> LocalEngine | RoutingEngine | VllmEngine:
+        if self.config.engine == "vllm":
+            return vllm_engine(self.team, agents, self.config, self.run_dir)
+        return local_engine(
+            self.team,
+            max_batch_size=self.config.max_batch_size,
+            cache_gib=self.config.cache_gib,
+        )
+
     # One iteration
 
+    def _first_evaluation(self, log: MetricsLog) -> _Evaluations:
+        if self.iteration > 0:
+            return None, None
+        self._is_between_steps = False  # a start without its evaluation is none
+        before = self._evaluate_both(log, "before")
+        self._is_between_steps = True
+        self._checkpoint(None if before[0] is None else before[0].return_mean)
+        return before
+
+    def _step(self, log: MetricsLog) -> dict[str, Any]:
+        """One iteration with what follows it: recovery or evaluation, and checkpoint."""
+        row = self._iterate()
+        log.write(row)
+        if row["collapsed"] is not None:
+            self._recover(row["collapsed"])
+        elif _due(self.config.eval_every, self.iteration, self.config.iterations):
+            row |= self._log_evaluation(log, self.evaluate())
+        self._is_between_steps = True
+        if _due(self.config.checkpoint_every, self.iteration, self.config.iterations) or (
+            self._state.best_iteration == self.iteration
+        ):
+            self._checkpoint(row.get("eval_return"))
+        return row
+
     def _iterate(self) -> dict[str, Any]:
+        position = self._data.position
         self._state.iteration += 1
         started = time.perf_counter()
-        episodes, learnt = self._sample()
+        try:
+            episodes, learnt = self._sample()
+        except BaseException:  # nothing was learnt yet: the state is still the previous iteration's
+            self._state.iteration -= 1
+            self._state.examples_taken = position
+            raise
+        self._state.examples_taken = self._data.position
+        self._is_between_steps = False
         rolled_out = time.perf_counter()
         stats, collapsed = {}, None
         try:
-            stats = self._learner.update(learnt, self.iteration)
+            stats = update_within_memory(self._learner, self.team, learnt, self.iteration)
         except TrainingCollapsedError as error:
             collapsed = str(error)
         self._unpublished = self.iteration
@@ -313,6 +346,8 @@ class Trainer:
             "episodes_failed": len(episodes) - len(returns),
             "episodes_filtered": len(episodes) - len(learnt),
             "failed_by_reason": failure_reasons(episodes),
+            "faults_rewarded": sum(episode.ok and bool(episode.error) for episode in episodes),
+            "threads_hung": hung_threads(),
             "return_mean": statistics.fmean(returns) if returns else None,
             "return_std": statistics.pstdev(returns) if returns else None,
             **mean_parts(episodes),
@@ -379,6 +414,8 @@ class Trainer:
             temperature=self.config.temperature,
             max_new_tokens=self.config.max_new_tokens,
             constrain_output=self.config.constrain_output,
+            fault_rewards=fault_rewards_of(self.config.fault_rewards),
+            reward_errors=self.config.reward_errors,
             greedy=greedy,
         )
 
@@ -438,21 +475,41 @@ class Trainer:
         self._state.note_evaluation(evaluation.return_mean)
         return row
 
-    def _open_run_folder(self) -> MetricsLog:
-        settings = {**self.config.to_dict(), **self._extra_settings}
-        describe_run(self.run_dir, settings, self.flex_mg)
-        return MetricsLog(self.run_dir)
+    @contextlib.contextmanager
+    def _in_run_folder(self) -> Iterator[MetricsLog]:
+        """The run's logs, while no other process may write to its folder."""
+        if self._has_begun:
+            self._lock.acquire(self.run_dir)
+        else:
+            begin_in(self.run_dir, self._lock)
+        self._has_begun = True
+        try:
+            remove_leftovers(self.run_dir)
+            settings = {**self.config.to_dict(), **self._extra_settings}
+            describe_run(self.run_dir, settings, self.flex_mg)
+            yield MetricsLog(self.run_dir)
+        finally:
+            self._lock.release()
 
     def _checkpoint(self, eval_return: float | None) -> None:
         state = self._state
-        state.examples_taken = self._data.position
         state.rate_scale = self._learner.rate_scale
         state.eval_return = eval_return
         write_folder_atomically(
             self.run_dir / "checkpoints" / f"step_{state.iteration}",
             lambda folder: write_state(folder, self.team, self._learner, state),
         )
+        self._saved_iteration = self.iteration
         prune(self.run_dir, self.config.keep_checkpoints, state.best_iteration)
+
+    def _save_before(self, error: BaseException) -> None:
+        """What can be saved of a run that ends with an error or a signal."""
+        try:
+            if self._is_between_steps and self.iteration != self._saved_iteration:
+                self._checkpoint(None)
+            write_report(self.run_dir)
+        except MarftError as second:
+            logger.error("the run could not be saved after %s: %s", type(error).__name__, second)
 
     def _put_back(self, checkpoint: Path) -> None:
         load_weights(checkpoint, self.team, self._learner)
@@ -489,7 +546,6 @@ class Trainer:
         self._state.recoveries += 1
         checkpoint = latest_checkpoint(self.run_dir)
         if self._state.recoveries > self.config.max_recoveries or checkpoint is None:
-            write_report(self.run_dir)
             raise TrainingCollapsedError(
                 f"training collapsed in iteration {self.iteration}: {problem}. Gave up after "
                 f"max_recoveries={self.config.max_recoveries}; the last good checkpoint is "
@@ -508,32 +564,25 @@ class Trainer:
             self.config.max_recoveries,
         )
 
-    def _resume(self) -> None:
-        """Continue where the newest intact checkpoint stands; later metrics are dropped."""
+    def _resume(self, accept_changes: Sequence[str]) -> None:
+        """Continue where the newest intact checkpoint stands; later metrics are dropped.
+
+        A run that was stopped before its first checkpoint begins again.
+        """
+        check_same_run(self.run_dir, self.config, self.flex_mg, accept_changes)
         checkpoint = latest_checkpoint(self.run_dir)
-        if checkpoint is None:
+        if checkpoint is None and has_checkpoints(self.run_dir):
             raise CheckpointError(
                 f"{self.run_dir} has no checkpoint that verifies; nothing to resume"
             )
-        saved = read_yaml(self.run_dir / "config.yaml")
-        free = _FREE_ON_RESUME
-        if self.config.learning_rate_schedule != "constant":
-            free -= {"iterations"}  # it shapes the schedule
-        changed = {
-            name: (saved.get(name), value)
-            for name, value in self.config.to_dict().items()
-            if name not in free and saved.get(name) != value
-        }
-        if changed:
-            lines = ", ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items())
-            raise ConfigError(f"cannot resume {self.run_dir} with other settings: {lines}")
-        graph = json.loads((self.run_dir / "graph.json").read_text(encoding="utf-8"))
-        differences = FlexMG.from_dict(graph).difference(self.flex_mg)
-        if differences:
-            raise CheckpointError(f"{self.run_dir} trained another graph: {'; '.join(differences)}")
+        if checkpoint is None:
+            logger.warning("%s has no checkpoint yet; it begins again", self.run_dir)
+            MetricsLog(self.run_dir).truncate(-1)
+            return
         self._state = read_state(checkpoint)
         self._put_back(checkpoint)
         self._data.seek(self._state.examples_taken)
+        self._saved_iteration = self.iteration
         self._learner.rate_scale = self._state.rate_scale
         MetricsLog(self.run_dir).truncate(self.iteration)
         for row in read_metrics(self.run_dir):

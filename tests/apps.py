@@ -41,7 +41,7 @@ def _careful() -> ChatOpenAI:
 
 
 async def _act(state: DuoState) -> dict[str, str]:
-    reply = await model.ainvoke([HumanMessage(f"{state['question']} {state['plan']}")])
+    reply = await model.ainvoke([HumanMessage(f"{state['question']} {state.get('plan')}")])
     return {"answer": reply.text}
 
 
@@ -57,6 +57,15 @@ def duo(*, sync: bool = False, greedy: Collection[str] = ()) -> Any:
     builder.add_node("actor", act)
     builder.add_edge(START, "planner")
     builder.add_edge("planner", "actor")
+    builder.add_edge("actor", END)
+    return builder.compile()
+
+
+def solo() -> Any:
+    """The duo's actor alone."""
+    builder = StateGraph(DuoState)
+    builder.add_node("actor", _act)
+    builder.add_edge(START, "actor")
     builder.add_edge("actor", END)
     return builder.compile()
 

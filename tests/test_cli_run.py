@@ -157,7 +157,8 @@ def test_wrong_input_is_named_before_anything_is_written(workflow, tmp_path, opt
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_ends_with_a_checkpoint_that_resumes(workflow, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_a_checkpoint_that_resumes(workflow, tmp_path, signum):
     folder = tmp_path / "run"
     command = [sys.executable, "-c", "from marft_graph.cli import main; main()", "train"]
     command += [str(workflow), "--run-dir", str(folder), "--iterations", "100000"]
@@ -167,15 +168,38 @@ def test_ctrl_c_ends_with_a_checkpoint_that_resumes(workflow, tmp_path):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        intruder = marft("train", workflow, "--run-dir", folder, "--resume")
+        assert intruder.exit_code == 1
+        assert f"in use by process {process.pid} on" in intruder.stderr
+        process.send_signal(signum)
         _, printed = process.communicate(timeout=60)
-    assert process.returncode == 130, printed.decode()
+    assert process.returncode == 128 + signum, printed.decode()
     assert b"Traceback" not in printed
+    assert b"finishing this step" in printed
     done = read_metrics(folder)[-1]["iteration"]
     assert (folder / "checkpoints" / f"step_{done}").is_dir()
     result = marft("train", workflow, "--run-dir", folder, "--resume", "--iterations", done + 1)
     assert result.exit_code == 0, result.output
     assert read_metrics(folder)[-1]["iteration"] == done + 1
+
+
+def test_the_exit_codes_are_in_the_help_and_in_the_readme():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for text in (marft("--help").stdout, marft("train", "--help").stdout, readme):
+        for word in ("130", "143", "SIGINT", "SIGTERM"):
+            assert word in text, word
+
+
+def test_resume_takes_changes_that_are_accepted_by_name(workflow, run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    command = ("train", workflow, "--run-dir", folder, "--resume", "--iterations", 3)
+    refused = marft(*command, "--clip-ratio", 0.1)
+    assert refused.exit_code == 2
+    assert "clip_ratio: 0.2 -> 0.1" in refused.stderr
+    accepted = marft(*command, "--clip-ratio", 0.1, "--accept-changes", "clip_ratio")
+    assert accepted.exit_code == 0, accepted.output
+    assert "going on with another clip_ratio" in accepted.stderr
 
 
 # Pictures of a run

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,9 @@ from marft_graph.errors import (
     RewardError,
     UnknownNodeError,
 )
+from marft_graph.run.stopping import Stopped
 from marft_graph.run.tracking import read_evaluations, read_metrics
-from tests.apps import duo, voters
+from tests.apps import duo, solo, voters
 from tests.support import weights
 from tests.training import config, reward
 
@@ -191,6 +194,94 @@ def test_ctrl_c_ends_with_a_checkpoint(make: Callable[..., Trainer], tiny_model:
     assert (trainer.run_dir / "checkpoints" / "step_2" / "manifest.json").exists()
     assert (trainer.run_dir / "report.html").exists()
     assert make(config=config(tiny_model, iterations=50), resume=True).iteration == 2
+
+
+def hanging_in(iteration: int, trainer: list[Trainer], *signals: signal.Signals) -> Any:
+    """A reward that sends signals in an iteration, and takes a minute from then on."""
+
+    async def hangs(example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+        if trainer and trainer[0].iteration == iteration:
+            for signum in signals if not trainer[1:] else ():
+                trainer.append(trainer[0])
+                signal.pthread_kill(threading.main_thread().ident or 0, signum)
+            await asyncio.sleep(60)
+        return reward(example, state)
+
+    return hangs
+
+
+def test_a_step_past_the_deadline_is_interrupted_and_the_one_before_it_saved(
+    make: Callable[..., Trainer], tiny_model: Path
+) -> None:
+    made: list[Trainer] = []
+    settings = config(tiny_model, iterations=5, eval_every=0, stop_timeout=0.3)
+    trainer = make(config=settings, reward=hanging_in(3, made, signal.SIGTERM), run="stopped")
+    made.append(trainer)
+    started = time.monotonic()
+    with pytest.raises(Stopped) as stopped:
+        trainer.train(progress=False)
+    assert time.monotonic() - started < 50
+    assert stopped.value.signum == signal.SIGTERM
+    assert [row["iteration"] for row in read_metrics(trainer.run_dir)] == [1, 2]
+    assert (trainer.run_dir / "checkpoints" / "step_2" / "manifest.json").exists()
+    assert (trainer.run_dir / "report.html").exists()
+    resumed = make(config=settings, run="stopped", resume=True)
+    result = resumed.train(progress=False)
+    whole = make(config=settings, run="whole").train(progress=False)
+    assert without_times(read_metrics(result.run_dir)) == without_times(read_metrics(whole.run_dir))
+
+
+def test_a_second_signal_stops_at_once(make: Callable[..., Trainer], tiny_model: Path) -> None:
+    made: list[Trainer] = []
+    hangs = hanging_in(2, made, signal.SIGTERM, signal.SIGINT)
+    trainer = make(config=config(tiny_model, iterations=5, eval_every=0), reward=hangs)
+    made.append(trainer)
+    started = time.monotonic()
+    with pytest.raises(Stopped) as stopped:
+        trainer.train(progress=False)
+    assert time.monotonic() - started < 50
+    assert stopped.value.signum == signal.SIGINT
+    assert not (trainer.run_dir / "checkpoints" / "step_1").exists()
+    assert make(resume=True, config=config(tiny_model, iterations=5, eval_every=0)).iteration == 0
+
+
+def test_what_was_learnt_before_an_error_is_saved(
+    make: Callable[..., Trainer], tiny_model: Path
+) -> None:
+    broken = True
+
+    def fails(example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+        if broken and trainer.iteration == 3:
+            raise KeyError("oops")
+        return reward(example, state)
+
+    settings = config(tiny_model, iterations=4, eval_every=0)
+    trainer = make(config=settings, reward=fails)
+    with pytest.raises(RewardError, match="oops"):
+        trainer.train(progress=False)
+    broken = False
+    resumed = make(config=settings, resume=True)
+    assert resumed.iteration == 2
+    result = resumed.train(progress=False)
+    whole = make(config=settings, run="whole").train(progress=False)
+    assert without_times(read_metrics(result.run_dir)) == without_times(read_metrics(whole.run_dir))
+
+
+def test_changes_that_the_user_accepts_do_not_keep_a_run_from_being_resumed(
+    make: Callable[..., Trainer], tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make().train(progress=False)
+    changed = config(tiny_model, learning_rate=1e-2, temperature=0.9)
+    with pytest.raises(ConfigError, match=r"temperature: None -> 0\.9.*accept_changes"):
+        make(config=changed, resume=True, accept_changes=["learning_rate"])
+    make(config=changed, resume=True, accept_changes=["learning_rate", "temperature"])
+    assert "going on with another learning_rate: 0.001 -> 0.01" in caplog.text
+    make(duo(sync=True), resume=True)  # the same graph, written otherwise
+    with pytest.raises(CheckpointError, match="actor"):
+        make(solo(), resume=True)
+    assert make(solo(), resume=True, accept_changes=["graph"]).iteration == 2
+    with pytest.raises(ConfigError, match="'learning_rat' is no setting"):
+        make(resume=True, accept_changes=["learning_rat"])
 
 
 def test_export_writes_peft_folders_and_a_manifest(

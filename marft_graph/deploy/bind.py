@@ -63,7 +63,14 @@ def bind(
         require_grammar_library()
     folders = manifest.folders(folder, base_model)
     responder = _Adapters(
-        local_engine(Team.from_folders(folders, device=device, dtype=manifest.dtype)),
+        local_engine(
+            Team.from_folders(
+                folders,
+                device=device,
+                dtype=manifest.dtype,
+                special_tokens_in_text=manifest.special_tokens_in_text,
+            )
+        ),
         adapters=manifest.nodes,
         temperature=temperature,
         max_new_tokens=manifest.max_new_tokens,

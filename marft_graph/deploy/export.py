@@ -18,11 +18,12 @@ from typing import Any
 from marft_graph.agents import base_model_of
 from marft_graph.config import TrainConfig, read_yaml
 from marft_graph.engine.server import served_rank
-from marft_graph.errors import ExportError
+from marft_graph.errors import CheckpointError, ExportError
 from marft_graph.graph.flex_mg import FlexMG
-from marft_graph.run.checkpoint import latest_checkpoint
+from marft_graph.run.checkpoint import latest_checkpoint, write_folder_atomically
 
-FORMAT = 1
+FORMAT = 2
+MANIFEST = "manifest.json"
 _VERSIONED = ("marft-graph", "torch", "transformers", "peft", "langgraph", "langchain-core")
 
 
@@ -42,6 +43,8 @@ class Manifest:
     """Digest of every other file in the folder, by relative path."""
     constrain_output: bool = False
     """Whether structured output was constrained to its schema in training."""
+    special_tokens_in_text: bool = False
+    """Whether special tokens in messages' text were encoded as such in training."""
 
     def folders(self, folder: Path, base_model: str | None = None) -> dict[str, tuple[str, Path]]:
         """Base model and folder of each adapter.
@@ -79,7 +82,10 @@ def export_run(run_dir: str | Path, out_dir: str | Path) -> Path:
         raise ExportError(f"{run} has no checkpoint that verifies; train first")
     settings = read_yaml(run / "config.yaml")
     settings.pop("dataset", None)
-    flex_mg = FlexMG.from_dict(json.loads((run / "graph.json").read_text(encoding="utf-8")))
+    try:
+        flex_mg = FlexMG.from_dict(json.loads((run / "graph.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ExportError(f"cannot read {run / 'graph.json'}: {error!r}") from error
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     return write_export(
         checkpoint / "adapters",
@@ -99,18 +105,39 @@ def write_export(
 ) -> Path:
     """Copy adapter folders (`adapters/NAME`) to `out_dir` with manifest and README.
 
+    The folder is whole or not there, as with checkpoints.
+
     Raises:
-        ExportError: `out_dir` exists and is not empty.
+        ExportError: `out_dir` exists and is not empty, or cannot be written.
     """
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ExportError(f"{out_dir} exists and is not empty; give a new folder")
-    shutil.copytree(adapters, out_dir / "adapters", dirs_exist_ok=True)
+    try:
+        return write_folder_atomically(
+            out_dir,
+            lambda folder: _fill(folder, out_dir, adapters, flex_mg, config, metrics),
+            manifest=False,
+        )
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
+
+
+def _fill(
+    folder: Path,
+    out_dir: Path,
+    adapters: Path,
+    flex_mg: FlexMG,
+    config: TrainConfig,
+    metrics: Mapping[str, Any],
+) -> None:
+    """Write into `folder` what is to be `out_dir`."""
+    shutil.copytree(adapters, folder / "adapters")
     nodes = {node: flex_mg.adapter(node) for node in flex_mg.agents}
     listed = {
         name: {
             "path": f"adapters/{name}",
             "base_model": _absolute(base_model_of([n for n in nodes if nodes[n] == name], config)),
-            "lora_rank": _rank(out_dir / "adapters" / name),
+            "lora_rank": _rank(folder / "adapters" / name),
         }
         for name in dict.fromkeys(nodes.values())
     }
@@ -122,46 +149,73 @@ def write_export(
         "adapters": listed,
         "max_new_tokens": config.max_new_tokens,
         "constrain_output": config.constrain_output,
+        "special_tokens_in_text": config.special_tokens_in_text,
         "metrics": dict(metrics),
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
     }
     text = _readme(vllm_commands(listed, out_dir), flex_mg.agents)
-    (out_dir / "README.md").write_text(text, encoding="utf-8")
-    manifest["sha256"] = {
-        file.relative_to(out_dir).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(out_dir.rglob("*"))
-        if file.is_file()
-    }
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    manifest["sha256"] = {name: _digest(folder / name) for name in _files(folder)}
+    manifest["manifest_sha256"] = _manifest_digest(manifest)
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    (out_dir / "manifest.json").write_text(text, encoding="utf-8")
-    return out_dir
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def read_manifest(export_dir: str | Path) -> Manifest:
     """The manifest of an export folder, every file checked against its digest.
 
     Raises:
-        ExportError: the folder or its manifest is missing, or a file is missing or changed.
+        ExportError: the folder or its manifest is missing, or a file (the manifest itself
+            included) is missing, changed or not in the manifest; or a path leads out of the folder.
     """
     folder = Path(export_dir)
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         given = {spec.name for spec in dataclasses.fields(Manifest) if spec.name in raw}
         manifest = Manifest(**{name: raw[name] for name in given})
+        is_intact = raw["manifest_sha256"] == _manifest_digest(raw)
+        paths = [str(own["path"]) for own in manifest.adapters.values()]
+        digests = dict(manifest.sha256)
     except OSError as error:
         raise ExportError(
             f"{folder} is no export folder: cannot read {path.name}: {error}"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{path} is no manifest of an export: {error!r}") from error
-    for name, digest in manifest.sha256.items():
-        file = folder / name
-        if not file.is_file():
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ExportError(
+            f"{path} is damaged, or no manifest of an export by this version: {error!r}"
+        ) from error
+    if not is_intact:
+        raise ExportError(f"{folder} is damaged: {MANIFEST} differs from what was exported")
+    for name in [*digests, *paths]:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise ExportError(f"{path} names {name!r}, which is not in its folder")
+    for name, digest in digests.items():
+        if not (folder / name).is_file():
             raise ExportError(f"{folder} is incomplete: {name} is missing")
-        if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        if _digest(folder / name) != digest:
             raise ExportError(f"{folder} is damaged: {name} differs from what was exported")
+    for name in _files(folder):
+        if name not in digests:
+            raise ExportError(f"{folder} is damaged: {name} is not in its manifest")
     return manifest
+
+
+def _files(folder: Path) -> list[str]:
+    """Relative names of all files but the manifest, sorted."""
+    names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Digest of everything in a manifest but the digest itself."""
+    rest = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def vllm_commands(adapters: Mapping[str, Mapping[str, Any]], out_dir: Path) -> list[str]:

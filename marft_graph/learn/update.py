@@ -56,6 +56,8 @@ class Learner:
         }
         self.rate_scale = 1.0
         """Multiplies every adapter's learning rate; lowered after a collapse."""
+        self.microbatch_tokens = settings.microbatch_tokens
+        """Most padded tokens in a forward pass; lowered where memory is short."""
         self.optimizers = {
             agent: torch.optim.AdamW(
                 team.parameters(agent), lr=rate, weight_decay=settings.weight_decay
@@ -230,7 +232,7 @@ class Learner:
         calls = [batch.calls[i] for i in indices]
         quadratic = self._team.of(agent).attention_cost
         tokens = sum(len(call.prompt_ids) + len(call.completion_ids) for call in calls)
-        most = min(self._settings.microbatch_tokens, -(-tokens // self._ranks.count))
+        most = min(self.microbatch_tokens, -(-tokens // self._ranks.count))
         parts = microbatches(calls, max(1, most), quadratic=quadratic)
         for number, rows in enumerate(parts):
             if number % self._ranks.count == self._ranks.index:

@@ -7,8 +7,10 @@ Owns the weights and the tokenizer, and the two ways to run them: one adapter fo
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import json
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +21,8 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -38,6 +41,7 @@ from marft_graph.policy.lora import BASE, LoraLayers
 Quantization = Literal["none", "4bit"]
 # PEFT mistakes adapter names that are part of its own prefix `lora_`, such as "a", for weights.
 _PREFIX = "node-"
+_WEIGHTS = "adapter_model.safetensors"
 
 
 class Policy:
@@ -74,6 +78,7 @@ class Policy:
         dtype: str = "float32",
         quantization: Quantization = "none",
         trust_remote_code: bool = False,
+        special_tokens_in_text: bool = False,
         seed: int = 0,
     ) -> Policy:
         """Load the base once and give every agent its adapter.
@@ -86,7 +91,12 @@ class Policy:
             ConfigError: a LoRA target does not exist in the model.
         """
         base, tokenizer, codec = load_base(
-            base_model, device, dtype, trust_remote_code, quantization
+            base_model,
+            device,
+            dtype,
+            trust_remote_code,
+            quantization,
+            special_tokens_in_text=special_tokens_in_text,
         )
         model: PeftModel | None = None
         for agent in agents:
@@ -126,15 +136,20 @@ class Policy:
         *,
         device: str = "auto",
         dtype: str = "float32",
+        special_tokens_in_text: bool = False,
     ) -> Policy:
         """Load the base and adapters in PEFT format (agent -> folder), for inference.
 
         Raises:
             ModelError: the base or an adapter cannot be loaded.
         """
-        base, tokenizer, codec = load_base(base_model, device, dtype)
+        base, tokenizer, codec = load_base(
+            base_model, device, dtype, special_tokens_in_text=special_tokens_in_text
+        )
         model: PeftModel | None = None
         for agent, folder in folders.items():
+            if not (folder / _WEIGHTS).is_file():  # PEFT would read a pickle in its place
+                raise ModelError(f"the adapter of {agent!r} in {folder} has no {_WEIGHTS}")
             try:
                 if model is None:
                     model = _quietly(
@@ -142,7 +157,7 @@ class Policy:
                     )
                 else:
                     model.load_adapter(folder, adapter_name=_PREFIX + agent)
-            except (OSError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
                 raise ModelError(
                     f"cannot load the adapter of {agent!r} from {folder}: {error}"
                 ) from error
@@ -263,12 +278,17 @@ class Policy:
 
     def save_adapter(self, agent: str, folder: Path) -> None:
         """Write one adapter in PEFT format (safetensors) into `folder`."""
-        name = _PREFIX + agent
-        self.model.save_pretrained(str(folder), selected_adapters=[name], safe_serialization=True)
-        nested = folder / name  # PEFT nests every adapter that is not called "default"
-        for file in sorted(nested.iterdir()):
-            file.replace(folder / file.name)
-        nested.rmdir()
+        # PEFT's own `save_pretrained` also renders a model card, which takes longer than the rest.
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {
+            name: parameter.detach().cpu().contiguous()
+            for name, parameter in self._own_parameters(agent).items()
+        }
+        save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+        lora = copy.copy(self.model.peft_config[_PREFIX + agent])
+        lora.inference_mode = True
+        lora.base_model_name_or_path = _base_of(self.model).name_or_path
+        lora.save_pretrained(str(folder))
 
     def load_adapter(self, agent: str, folder: Path) -> None:
         """Overwrite one agent's adapter with the weights in `folder`.
@@ -276,15 +296,11 @@ class Policy:
         Raises:
             ModelError: the file is missing or holds weights of another shape.
         """
-        path = folder / "adapter_model.safetensors"
-        own = {
-            name.replace(f".{_PREFIX}{agent}.", "."): parameter
-            for name, parameter in self.model.named_parameters()
-            if f".{_PREFIX}{agent}." in name
-        }
+        path = folder / _WEIGHTS
+        own = self._own_parameters(agent)
         try:
             saved = load_file(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"cannot read adapter weights from {path}: {error}") from error
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
             raise ModelError(
@@ -293,6 +309,15 @@ class Policy:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(saved[name])
+
+    def _own_parameters(self, agent: str) -> dict[str, nn.Parameter]:
+        """An adapter's weights by the names that they have in PEFT's files."""
+        own = re.compile(rf"\.{re.escape(_PREFIX + agent)}(?=\.|$)")
+        return {
+            own.sub("", name): parameter
+            for name, parameter in self.model.named_parameters()
+            if own.search(name)
+        }
 
     def _check_head(self, base: PreTrainedModel) -> None:
         """Refuse a model whose logits are not head(hidden): its log-probs would be wrong."""
@@ -314,6 +339,8 @@ def load_base(
     dtype: str,
     trust_remote_code: bool = False,
     quantization: Quantization = "none",
+    *,
+    special_tokens_in_text: bool = False,
 ) -> tuple[PreTrainedModel, Any, TokenizerCodec]:
     """The frozen base model, its tokenizer and codec.
 
@@ -345,7 +372,7 @@ def load_base(
             attn_implementation="sdpa",
             **more,
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(
             f"base_model {base_model!r} cannot be loaded: {first_line} (give a hub id such as "
@@ -365,7 +392,11 @@ def load_base(
     if not more:
         base.to(target)  # type: ignore[arg-type]
     base.requires_grad_(False)
-    return base, tokenizer, TokenizerCodec(tokenizer, context)
+    return (
+        base,
+        tokenizer,
+        TokenizerCodec(tokenizer, context, special_tokens_in_text=special_tokens_in_text),
+    )
 
 
 def _quantized(quantization: Quantization, dtype: str, device: torch.device) -> dict[str, Any]:

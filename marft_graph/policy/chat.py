@@ -46,6 +46,7 @@ PLAIN_TEMPLATE = (
 # rendered, so that text from data can never become a turn of its own.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _SENTINEL = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NINE_LETTER_IDS = re.compile(r"length\s*!=\s*9")
 
 
@@ -57,7 +58,13 @@ class TokenizerCodec:
     are: the new prompt then begins with the tokens already seen, however they were sampled.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        context_length: int,
+        *,
+        special_tokens_in_text: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._context_length = context_length
         added = tokenizer.added_tokens_decoder.values()
@@ -65,6 +72,9 @@ class TokenizerCodec:
         special.update(tokenizer.all_special_tokens)
         self._special = (_OPEN, *sorted(special, key=len, reverse=True))
         self._special_pattern = re.compile("|".join(map(re.escape, self._special)))
+        self._shielded_pattern = self._special_pattern
+        if special_tokens_in_text:
+            self._shielded_pattern = re.compile(_OPEN)
         # Once and for all: encoding special tokens as text changes a tokenizer that threads share.
         self._as_text = [
             tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True)
@@ -103,8 +113,9 @@ class TokenizerCodec:
         """Token ids of the conversation, ending where the assistant's turn begins.
 
         Special tokens written inside a message's text, a tool call's arguments or a tool's schema
-        are encoded as plain text. A sampled message that the template cannot write, as its tool
-        calls are malformed or too many, is written as the model wrote it.
+        are encoded as plain text, unless `special_tokens_in_text` was asked for. A sampled
+        message that the template cannot write, as its tool calls are malformed or too many, is
+        written as the model wrote it.
 
         Raises:
             ModelError: the template refuses the conversation.
@@ -327,7 +338,8 @@ class TokenizerCodec:
     def _shielded(self, value: Any, *, allowed: frozenset[str] = frozenset()) -> Any:
         """The value with special tokens in its texts replaced by sentinels, save those allowed."""
         if isinstance(value, str):
-            return self._special_pattern.sub(
+            value = _SURROGATE.sub("\ufffd", value)  # no token can stand for it
+            return self._shielded_pattern.sub(
                 lambda found: (
                     found[0]
                     if found[0] in allowed

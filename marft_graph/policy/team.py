@@ -43,6 +43,7 @@ class Team:
                 dtype=config.dtype,
                 quantization=config.quantization,
                 trust_remote_code=config.trust_remote_code,
+                special_tokens_in_text=config.special_tokens_in_text,
                 seed=config.seed,
             )
             for base, own in by_base.items()
@@ -54,7 +55,12 @@ class Team:
 
     @classmethod
     def from_folders(
-        cls, folders: Mapping[str, tuple[str, Path]], *, device: str = "auto", dtype: str
+        cls,
+        folders: Mapping[str, tuple[str, Path]],
+        *,
+        device: str = "auto",
+        dtype: str,
+        special_tokens_in_text: bool = False,
     ) -> Team:
         """Adapters in PEFT format (agent -> base model and folder), for inference.
 
@@ -65,7 +71,13 @@ class Team:
         for agent, (base, folder) in folders.items():
             by_base.setdefault(base, {})[agent] = folder
         policies = [
-            Policy.from_folders(base, own, device=device, dtype=dtype)
+            Policy.from_folders(
+                base,
+                own,
+                device=device,
+                dtype=dtype,
+                special_tokens_in_text=special_tokens_in_text,
+            )
             for base, own in by_base.items()
         ]
         return cls(policies, list(folders))

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from langchain_core.messages import convert_to_openai_messages
+from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from marft_graph.errors import ConfigError, ModelError, RewardError
@@ -169,7 +170,7 @@ def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(
             f"reward model {name!r} cannot be loaded: {first_line} (give a hub id, or a folder "

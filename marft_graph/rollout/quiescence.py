@@ -16,6 +16,7 @@ import selectors
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -232,6 +233,10 @@ class Quiescence:
         self.loop.close()
 
 
+_closed: weakref.WeakSet[WorkerThreads] = weakref.WeakSet()
+"""Pools of rollouts that are over; one is kept alive by its threads that are not."""
+
+
 class WorkerThreads(ThreadPoolExecutor):
     """Daemon worker threads that report to a `Quiescence`.
 
@@ -248,6 +253,11 @@ class WorkerThreads(ThreadPoolExecutor):
         self._busy = 0
         self._spawned = 0
         self._is_closed = False
+
+    @property
+    def busy(self) -> int:
+        """Threads that run a function now."""
+        return self._busy
 
     @property
     def can_start_more(self) -> bool:
@@ -299,6 +309,7 @@ class WorkerThreads(ThreadPoolExecutor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more work; threads end once they are free. Hung threads are not waited for."""
+        _closed.add(self)
         with self._ready:
             self._is_closed = True
             dropped = list(self._queue) if cancel_futures else []
@@ -307,6 +318,11 @@ class WorkerThreads(ThreadPoolExecutor):
             self._ready.notify_all()
         for item in dropped:
             item.future.cancel()
+
+
+def hung_threads() -> int:
+    """Worker threads of rollouts that are over: each runs a node or a tool that does not return."""
+    return sum(pool.busy for pool in list(_closed))
 
 
 class _IdleSelector(selectors.BaseSelector):

@@ -23,7 +23,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, BaseMessage
 
 from marft_graph.engine.base import Completion, Engine, GenerationRequest
-from marft_graph.errors import EpisodeTimeoutError, MarftError, RewardError
+from marft_graph.errors import EngineError, EpisodeTimeoutError, MarftError, RewardError
 from marft_graph.names import node_path
 from marft_graph.rollout.answers import message_for, request_for
 from marft_graph.rollout.emit import Emitted
@@ -237,6 +237,13 @@ class EpisodeRecorder(Responder):
         started = time.monotonic()
 
         def finish(completion: Completion) -> AIMessage:
+            if not completion.ids:
+                error = EngineError(
+                    f"the engine answered node {call.node!r} with no token at all, not even one "
+                    "that ends the answer; there is nothing to learn from"
+                )
+                self._note(error)
+                raise error
             message = message_for(call, codec, request, completion)
             with self._lock:
                 recorded = RecordedCall(

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.pregel import Pregel
@@ -72,6 +72,8 @@ def run_episodes(
     max_new_tokens: int = 256,
     constrain_output: bool = False,
     greedy: bool = False,
+    fault_rewards: Mapping[str, float] | None = None,
+    reward_errors: Literal["stop", "drop"] = "stop",
     on_episode: Callable[[Episode], None] | None = None,
 ) -> list[Episode]:
     """Run an app on examples and record every model call of the trained nodes.
@@ -99,6 +101,10 @@ def run_episodes(
         constrain_output: let calls that ask for structured output by a JSON schema write nothing
             else, on an engine that can (the local one, with the extra `grammar`).
         greedy: sample at temperature 0, whatever else is set.
+        fault_rewards: exceptions that are the policy's own fault, by the name of their class or of
+            one that it inherits from, and the outcome that an episode earns that one of them ends.
+        reward_errors: what a reward function that fails does: `stop` the rollout, or `drop` its
+            episode, which is then a failed one.
         on_episode: called on the event loop's thread for each episode as it ends.
 
     Returns:
@@ -109,8 +115,8 @@ def run_episodes(
         GraphError: `graph` is no LangGraph app.
         UnknownNodeError: `nodes` names a node that the graph does not have.
         DatasetError: no examples, or an example without the graph's input keys.
-        RewardError: the reward function failed, or a node emitted what is no reward; the message
-            shows the example.
+        RewardError: the reward function failed (unless `reward_errors` is `drop`), or a node
+            emitted what is no reward; the message shows the example.
     """
     app = as_compiled(graph)
     listed, graph_values = graph_inputs(app, examples, inputs)
@@ -129,6 +135,8 @@ def run_episodes(
         temperature=0.0 if greedy else temperature,
         max_new_tokens=max_new_tokens,
         constrain_output=constrain_output,
+        fault_rewards=dict(fault_rewards or {}),
+        reward_errors=reward_errors,
         on_episode=on_episode,
     )
     plans = [
@@ -222,6 +230,8 @@ class _Rollout:
     temperature: float | None
     max_new_tokens: int
     constrain_output: bool
+    fault_rewards: Mapping[str, float]
+    reward_errors: Literal["stop", "drop"]
     on_episode: Callable[[Episode], None] | None
 
     def run(self, plans: Sequence[_Plan]) -> list[Episode]:
@@ -261,11 +271,18 @@ class _Rollout:
         run = _EpisodeRun(self, plan, quiescence)
         await run.play()
         episode = run.episode()
-        if episode.ok and self.reward is not None:
+        if episode.ok and not episode.error and self.reward is not None:
             named = self.nodes | {c.node for c in episode.calls}
             named |= {agent_path(call.node) for call in episode.calls}
-            reward = await rewards.call(self.reward, plan.example, episode.state, nodes=named)
-            episode = with_reward(episode, reward)
+            try:
+                reward = await rewards.call(self.reward, plan.example, episode.state, nodes=named)
+            except RewardError as error:
+                if self.reward_errors == "stop":
+                    raise
+                episode = replace(episode, status=reward_failure(error), error=str(error))
+                episode = replace(episode, state=None, outcome_reward=0.0)
+            else:
+                episode = with_reward(episode, reward)
         return replace(episode, seconds=time.monotonic() - started)
 
     def agent_of(self, node: str) -> str | None:
@@ -346,7 +363,7 @@ class _EpisodeRun:
         Raises:
             RewardError: a node emitted what is no reward.
         """
-        status, error = self._outcome()
+        status, error, earned = self._outcome()
         attempts = dict(self._watch.attempts())
         recorded = self._recorder.calls.copy()
         marks = [_mark(call) for call in recorded]
@@ -369,7 +386,7 @@ class _EpisodeRun:
         return Episode(
             example=self._plan.example,
             calls=tuple(calls),
-            outcome_reward=unclaimed,
+            outcome_reward=unclaimed + earned,
             state=self._state if status == "ok" else None,
             status=status,
             error=error,
@@ -377,24 +394,33 @@ class _EpisodeRun:
             example_index=self._plan.example_index,
         )
 
-    def _outcome(self) -> tuple[str, str]:
+    def _outcome(self) -> tuple[str, str, float]:
+        """Status, error and what an error that is the policy's own fault earns."""
         error = self._error
         if isinstance(self._recorder.fatal, RewardError):
             raise RewardError(f"{self._recorder.fatal}, on example {shown(self._plan.example)}")
         if isinstance(error, EpisodeTimeoutError):
-            return "failed: timeout", str(error)
+            return "failed: timeout", str(error), 0.0
         error = self._recorder.fatal or error
         if error is None and self._is_interrupted:
-            return "failed: interrupt", (
-                "the app called interrupt() and waits for a person; train it with a graph that "
-                "does not interrupt"
+            return (
+                "failed: interrupt",
+                (
+                    "the app called interrupt() and waits for a person; train it with a graph that "
+                    "does not interrupt"
+                ),
+                0.0,
             )
         if error is None:
-            return "ok", ""
+            return "ok", "", 0.0
         node = self._watch.node_of(error)
         name = type(error).__name__
         where = f" in {node}" if node else ""
-        return f"failed: {name}{where}", f"{name}{where and f' in node {node!r}'}: {error}"
+        text = f"{name}{where and f' in node {node!r}'}: {error}"
+        for kind in type(error).__mro__:
+            if kind.__name__ in self._rollout.fault_rewards:
+                return "ok", text, self._rollout.fault_rewards[kind.__name__]
+        return f"failed: {name}{where}", text, 0.0
 
 
 def _mark(recorded: RecordedCall) -> CallMark:
@@ -429,6 +455,18 @@ def _call(recorded: RecordedCall, index: int, parents: tuple[int, ...]) -> Call:
         started=recorded.started,
         seconds=recorded.seconds,
     )
+
+
+def reward_failure(error: RewardError) -> str:
+    """The status of an episode whose reward function failed.
+
+    >>> reward_failure(RewardError("the reward function raised KeyError: 'a'"))
+    'failed: RewardError'
+    """
+    cause = error.__cause__
+    inner = cause.__cause__ if isinstance(cause, RewardError) else cause
+    named = "" if inner is None else f": {type(inner).__name__}"
+    return f"failed: RewardError{named}"
 
 
 def with_reward(episode: Episode, reward: Reward) -> Episode:

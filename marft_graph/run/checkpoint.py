@@ -16,44 +16,57 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from marft_graph.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_STEP = re.compile(r"step_(\d+)")
-_LEFTOVER = re.compile(r"step_\d+\.(tmp|old)")
+_STEP = re.compile(r"step_(\d+)(\.old)?")
+_LEFTOVER = re.compile(r"step_\d+\.(tmp|old|deleted)")
 
 
-def write_folder_atomically(path: str | Path, writer: Callable[[Path], None]) -> Path:
+def write_folder_atomically(
+    path: str | Path, writer: Callable[[Path], None], *, manifest: bool = True
+) -> Path:
     """Make the folder `path` from what `writer` writes into the folder it is given.
 
     The files are written to `NAME.tmp` beside it, listed with size and sha256 in `manifest.json`,
-    fsynced and renamed; a process killed at any moment leaves the old folder, the new one or none,
-    never a part. A folder that exists is replaced once the new one is complete.
+    fsynced and renamed; a process killed at any moment leaves the old folder (which may then be
+    called `NAME.old`), the new one or none, never a part. A folder that exists is replaced once
+    the new one is complete.
+
+    Args:
+        path: the folder.
+        writer: writes the files into the folder that it is given.
+        manifest: False where `writer` writes the list of files itself.
 
     Raises:
         CheckpointError: the disk is full or the folder not writable; nothing is left behind.
-            Whatever `writer` raises passes through, likewise.
+            Whatever else `writer` raises passes through, likewise.
     """
     target = Path(path)
     staging, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
     try:
-        for leftover in (staging, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
+        if staging.exists():
+            shutil.rmtree(staging)
         staging.mkdir(parents=True)
         writer(staging)
-        _write_manifest(staging)
+        if manifest:
+            _write_manifest(staging)
         for entry in [*staging.rglob("*"), staging]:
             _fsync(entry)
         if target.exists():
+            if old.exists():
+                shutil.rmtree(old)
             target.rename(old)
         staging.rename(target)
-        _fsync(target.parent)
+        for parent in (target.parent, target.parent.parent):
+            _fsync(parent)
         if old.exists():
             shutil.rmtree(old)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter hides an OSError in its text
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(f"cannot write {target}: {error}") from error
     except BaseException:
@@ -88,6 +101,11 @@ def verify(path: str | Path) -> None:
             raise CheckpointError(f"{folder} is damaged: {name} is not in its manifest")
 
 
+def has_checkpoints(run_dir: str | Path) -> bool:
+    """Whether a run has any checkpoint, intact or not."""
+    return bool(_newest_first(Path(run_dir)))
+
+
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
     """The newest `checkpoints/step_N` that verifies, or None; damaged ones are logged by name."""
     for path in _newest_first(Path(run_dir)):
@@ -109,16 +127,27 @@ def prune(run_dir: str | Path, keep: int, best: int | None = None) -> None:
         raise ValueError(f"keep is {keep}; at least 1 checkpoint must stay")
     kept = 0
     try:
+        _tidy(Path(run_dir))
         for path in _newest_first(Path(run_dir)):
             if kept == keep and path.name != f"step_{best}":
+                # Under another name first: a process killed meanwhile leaves no half checkpoint.
+                path = path.rename(path.with_name(f"step_{_number(path)}.deleted"))
                 shutil.rmtree(path)
             elif kept < keep and _intact(path):
                 kept += 1
-        for path in _entries(Path(run_dir)):
-            if _LEFTOVER.fullmatch(path.name):  # of a process that was killed while writing
-                shutil.rmtree(path)
     except OSError as error:
         raise CheckpointError(f"cannot delete old checkpoints: {error}") from error
+
+
+def _tidy(run_dir: Path) -> None:
+    """Remove what a process left that was killed while it wrote or deleted."""
+    for path in _entries(run_dir):
+        if not _LEFTOVER.fullmatch(path.name):
+            continue
+        if path.suffix == ".old" and not path.with_suffix("").exists():
+            path.rename(path.with_suffix(""))
+        else:
+            shutil.rmtree(path)
 
 
 def _intact(path: Path) -> bool:
@@ -136,12 +165,14 @@ def _entries(run_dir: Path) -> list[Path]:
 
 
 def _newest_first(run_dir: Path) -> list[Path]:
-    steps = {
-        path: int(match[1])
-        for path in _entries(run_dir)
-        if path.is_dir() and (match := _STEP.fullmatch(path.name))
-    }
-    return sorted(steps, key=lambda path: steps[path], reverse=True)
+    """Checkpoints; also one that a killed process had set aside to put its successor there."""
+    steps = [path for path in _entries(run_dir) if path.is_dir() and _STEP.fullmatch(path.name)]
+    return sorted(steps, key=lambda path: (_number(path), not path.suffix), reverse=True)
+
+
+def _number(path: Path) -> int:
+    match = _STEP.fullmatch(path.name)
+    return int(match[1]) if match else -1
 
 
 def _write_manifest(folder: Path) -> None:
@@ -149,14 +180,22 @@ def _write_manifest(folder: Path) -> None:
         name: {"size": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
         for name in _files(folder)
     }
-    text = json.dumps({"files": files}, indent=2, ensure_ascii=False)
+    manifest = {"files": files, "manifest_sha256": _digest_of(files)}
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST
     try:
-        files: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["files"]
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        # 0.1.0 wrote no digest of the manifest itself.
+        if set(manifest) != {"files"} and manifest != {
+            "files": files,
+            "manifest_sha256": _digest_of(files),
+        }:
+            raise CheckpointError(f"{path} is damaged: it differs from what was written")
         if not all(set(entry) == {"size", "sha256"} for entry in files.values()):
             raise CheckpointError(f"{path} is damaged: each file needs size and sha256")
     except OSError as error:
@@ -170,6 +209,10 @@ def _files(folder: Path) -> list[str]:
     """Relative names of all files but the manifest itself, sorted."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     return sorted(name for name in names if name != MANIFEST)
+
+
+def _digest_of(files: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(file: Path) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marft_graph.run.tracking import read_evaluations, read_metrics
+from marft_graph.visible import visible
 
 _COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#db2777")
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 420, 220, 48, 28, 26
@@ -66,7 +67,7 @@ def line_chart(title: str, curves: Sequence[Curve]) -> str:
             parts.append(f'<circle cx="{centre_x}" cy="{centre_y}" r="3" fill="{colour}"/>')
         parts.append(
             f'<text x="{legend_x}" y="{_HEIGHT - 8}" fill="{colour}">'
-            f"{html.escape(curve.name)}</text>"
+            f"{html.escape(visible(curve.name))}</text>"
         )
         legend_x += 7 * len(curve.name) + 16
     return (

@@ -5,7 +5,9 @@ Never deletes or replaces what it was not told to.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +18,22 @@ import yaml
 from marft_graph.errors import CheckpointError
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.graph.picture import to_svg
+from marft_graph.run.lock import LOCK, RunLock
+
+# What a run that was killed before it had begun may have left.
+_BEGINNINGS = frozenset({LOCK, "traces", "graph.json", "graph.svg"})
 
 
-def claim_run_folder(run_dir: str | Path | None, *, overwrite: bool, resume: bool) -> Path:
+def claim_run_folder(
+    run_dir: str | Path | None, lock: RunLock, *, overwrite: bool, resume: bool
+) -> Path:
     """The folder that a run may write to; the next free `runs/run-N` where none is named.
 
+    A folder with a run in it is locked at once, others when the run begins.
+
     Raises:
-        CheckpointError: the folder is in use and neither word was said, or is no run folder.
+        CheckpointError: the folder is in use and neither word was said, is no run folder, or
+            another process has it.
     """
     if run_dir is None:
         number = 1
@@ -30,11 +41,12 @@ def claim_run_folder(run_dir: str | Path | None, *, overwrite: bool, resume: boo
             number += 1
         return Path(f"runs/run-{number}")
     path = Path(run_dir)
-    used = path.exists() and (not path.is_dir() or any(path.iterdir()))
     if resume:
         if not (path / "config.yaml").is_file():
             raise CheckpointError(f"nothing to resume: {path} is no run folder")
+        lock.acquire(path)
         return path
+    used = _is_used(path)
     if used and not overwrite:
         raise CheckpointError(
             f"{path} is not empty; give another run folder, or say --resume to continue it or "
@@ -43,15 +55,91 @@ def claim_run_folder(run_dir: str | Path | None, *, overwrite: bool, resume: boo
     if used:
         if not (path / "config.yaml").is_file():
             raise CheckpointError(f"{path} is no run folder; it will not be deleted")
-        shutil.rmtree(path)
+        lock.acquire(path)
+        _empty(path)
     return path
 
 
+def begin_in(run_dir: Path, lock: RunLock) -> None:
+    """Lock a folder for a new run.
+
+    Raises:
+        CheckpointError: another run has it, or has been in it since it was claimed.
+    """
+    lock.acquire(run_dir)
+    if (run_dir / "config.yaml").exists():
+        lock.release()
+        raise CheckpointError(f"another run has used {run_dir} meanwhile; give another run folder")
+
+
+def _is_used(path: Path) -> bool:
+    """Whether there is anything in a folder but what a run writes before it begins."""
+    if not path.is_dir():
+        return path.exists()
+    names = {entry.name for entry in path.iterdir() if entry.suffix != ".tmp"}
+    traces = path / "traces"
+    return not names <= _BEGINNINGS or (traces.is_dir() and any(traces.iterdir()))
+
+
+def _empty(path: Path) -> None:
+    """Delete a run, `config.yaml` last and the held lock not at all."""
+    entries = sorted(path.iterdir(), key=lambda entry: entry.name == "config.yaml")
+    try:
+        for entry in entries:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
+    except OSError as error:
+        raise CheckpointError(f"cannot delete the run in {path}: {error}") from error
+
+
 def describe_run(run_dir: Path, settings: Mapping[str, Any], flex_mg: FlexMG) -> None:
-    """Write `config.yaml`, `graph.json` and `graph.svg` into the folder, made where needed."""
-    (run_dir / "traces").mkdir(parents=True, exist_ok=True)
+    """Write `graph.json`, `graph.svg` and `config.yaml` into the folder, made where needed.
+
+    `config.yaml` comes last: where it is, the folder is a run's.
+
+    Raises:
+        CheckpointError: the disk is full or the folder not writable.
+    """
+    graph = json.dumps(flex_mg.to_dict(), indent=2, ensure_ascii=False) + "\n"
     text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    (run_dir / "config.yaml").write_text(text, encoding="utf-8")
-    graph = json.dumps(flex_mg.to_dict(), indent=2, ensure_ascii=False)
-    (run_dir / "graph.json").write_text(graph + "\n", encoding="utf-8")
-    (run_dir / "graph.svg").write_text(to_svg(flex_mg), encoding="utf-8")
+    try:
+        (run_dir / "traces").mkdir(parents=True, exist_ok=True)
+        for name, content in (
+            ("graph.json", graph),
+            ("graph.svg", to_svg(flex_mg)),
+            ("config.yaml", text),
+        ):
+            write_text_atomically(run_dir / name, content)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the run folder {run_dir}: {error}") from error
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a file beside, fsync and rename it: it is never half there.
+
+    Raises:
+        OSError: it cannot be written; an earlier file of that name is as it was.
+    """
+    staging = path.with_name(path.name + ".tmp")
+    try:
+        with staging.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        staging.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Delete the files and folders that a killed process was writing beside others."""
+    shutil.rmtree(run_dir / ".export-adapters", ignore_errors=True)
+    shutil.rmtree(run_dir / "export.tmp", ignore_errors=True)
+    for folder in (run_dir, run_dir / "traces"):
+        for path in folder.glob("*.tmp"):
+            if path.is_file():
+                path.unlink()

@@ -19,10 +19,12 @@ from marft_graph.errors import CheckpointError
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.graph.page import graph_view
 from marft_graph.run.curves import Curve, line_chart
+from marft_graph.run.folder import write_text_atomically
 from marft_graph.run.overlay import last_episode, overlays
 from marft_graph.run.timeline import to_timeline
 from marft_graph.run.tracking import read_evaluations, read_metrics
 from marft_graph.run.trajectories import read_traces
+from marft_graph.visible import visible
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1f2937;--soft:#6b7280;--line:#e5e7eb;--card:#f9fafb;
@@ -33,10 +35,12 @@ body{background:#111827}}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);max-width:68rem;margin:0 auto;padding:1rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}
 .big{font-size:1.3rem}.soft{color:var(--soft)}.good{color:var(--good)}
-table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}
+table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top;
+overflow-wrap:anywhere}
 .wide{overflow-x:auto}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr));gap:1rem}
-.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .9rem}
+.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .9rem;
+min-width:0;overflow-wrap:anywhere}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0 .6rem;font-size:.85rem;
 max-height:16rem;overflow-y:auto}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1rem}
@@ -50,7 +54,8 @@ def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run folder; its path.
 
     Raises:
-        CheckpointError: the folder has no graph.json, or its metrics or traces are damaged.
+        CheckpointError: the folder has no graph.json, its metrics or traces are damaged, or the
+            report cannot be written.
     """
     rows, evaluations = read_metrics(run_dir), read_evaluations(run_dir)
     try:
@@ -83,9 +88,10 @@ def write_report(run_dir: Path) -> Path:
         f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     path = run_dir / "report.html"
-    beside = path.with_suffix(".writing")
-    beside.write_text(page, encoding="utf-8", errors="backslashreplace")
-    beside.replace(path)
+    try:
+        write_text_atomically(path, page)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
     return path
 
 
@@ -237,8 +243,7 @@ def _collapses(rows: Sequence[Mapping[str, Any]]) -> str:
     if not found:
         return ""
     lines = "".join(
-        f"<tr><td>{row['iteration']}</td><td>{html.escape(row['collapsed'])}</td></tr>"
-        for row in found
+        f"<tr><td>{row['iteration']}</td><td>{_text(row['collapsed'])}</td></tr>" for row in found
     )
     return (
         "<h2>Collapses</h2><p>After each, the last good checkpoint was put back with lower "
@@ -254,7 +259,7 @@ def _failures(rows: Sequence[Mapping[str, Any]]) -> str:
     if not reasons:
         return "<h2>Failures</h2><p>No training episode failed.</p>"
     lines = "".join(
-        f"<tr><td>{html.escape(reason)}</td><td>{count}</td></tr>"
+        f"<tr><td>{_text(reason)}</td><td>{count}</td></tr>"
         for reason, count in reasons.most_common()
     )
     return (
@@ -280,10 +285,10 @@ def _samples(before: Sequence[Episode], after: Sequence[Episode]) -> str:
 
 def _episode(episode: Episode, when: str) -> str:
     calls = "".join(
-        f"<div><b>{html.escape(call.node)}</b><pre>{_text(_last_words(call.messages))}</pre></div>"
+        f"<div><b>{_text(call.node)}</b><pre>{_text(_last_words(call.messages))}</pre></div>"
         for call in episode.calls
     )
-    outcome = f"return {episode.total_reward:.2f}" if episode.ok else html.escape(episode.status)
+    outcome = f"return {episode.total_reward:.2f}" if episode.ok else _text(episode.status)
     example = _text(json.dumps(dict(episode.example), ensure_ascii=False))
     return (
         f'<div class="card"><span class="soft">{when}, {outcome}</span>'
@@ -302,10 +307,7 @@ def _last_words(messages: Sequence[Mapping[str, Any]]) -> str:
 def _text(text: str) -> str:
     """Text as HTML: escaped, control characters made visible, very long text cut."""
     cut = text if len(text) <= _SHOWN_TEXT else f"{text[:_SHOWN_TEXT]} … ({len(text)} characters)"
-    visible = "".join(
-        char if char in "\n\t" or char.isprintable() else f"\\x{ord(char):02x}" for char in cut
-    )
-    return html.escape(visible)
+    return html.escape(visible(cut))
 
 
 def _traces(path: Path) -> list[Episode]:

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from marft_graph.errors import CheckpointError
@@ -29,11 +30,14 @@ class RunState:
     best_iteration: int | None = None
     best_return: float | None = None
     evaluations_since_best: int = 0
+    evaluated_iteration: int | None = None
+    """The last one that `note_evaluation` has counted."""
 
     def note_evaluation(self, eval_return: float) -> None:
         """Take the held-out return of the present iteration into account, measured again or not."""
-        if self.iteration == self.best_iteration:
+        if self.iteration in (self.best_iteration, self.evaluated_iteration):
             return
+        self.evaluated_iteration = self.iteration
         if self.best_return is None or eval_return > self.best_return:
             self.best_iteration, self.best_return = self.iteration, eval_return
             self.evaluations_since_best = 0
@@ -55,10 +59,15 @@ def load_weights(folder: Path, team: Team, learner: Learner) -> None:
 
     Raises:
         ModelError: its adapters have another shape.
+        CheckpointError: the learner's part cannot be read, or is of another learner.
     """
     for agent in team.agents:
         team.of(agent).load_adapter(agent, folder / "adapters" / agent)
-    learner.load_state(load_file(folder / "learner.safetensors"))
+    path = folder / "learner.safetensors"
+    try:
+        learner.load_state(load_file(path))
+    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
+        raise CheckpointError(f"cannot continue the learner from {path}: {error}") from error
 
 
 def read_state(folder: Path) -> RunState:
@@ -69,6 +78,10 @@ def read_state(folder: Path) -> RunState:
     """
     path = folder / "state.json"
     try:
-        return RunState(**json.loads(path.read_text(encoding="utf-8")))
+        state = RunState(**json.loads(path.read_text(encoding="utf-8")))
+        counts = (state.iteration, state.examples_taken, state.recoveries)
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
+            raise ValueError(f"not all of {counts} are counts")
+        return state
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"cannot read the run's state from {path}: {error}") from error

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from marft_graph.errors import CheckpointError
+from marft_graph.run.folder import write_text_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -42,17 +43,28 @@ class MetricsLog:
         """Opens the logs of a run; a line that an earlier process left unfinished is dropped."""
         self._metrics = Path(run_dir) / METRICS
         self._evaluations = Path(run_dir) / EVALUATIONS
-        self._metrics.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._metrics.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot make {self._metrics.parent}: {error}") from error
         for path in (self._metrics, self._evaluations):
             if path.is_file() and not path.read_bytes().endswith(b"\n"):
                 _rewrite(path, _read(path))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one iteration's row, on disk when this returns."""
-        with self._metrics.open("a", encoding="utf-8") as stream:
-            stream.write(_line(row))
-            stream.flush()
-            os.fsync(stream.fileno())
+        """Append one iteration's row, on disk when this returns.
+
+        Raises:
+            CheckpointError: the disk is full or the file not writable.
+        """
+        line = _line(row)
+        try:
+            with self._metrics.open("a", encoding="utf-8") as stream:
+                stream.write(line)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self._metrics}: {error}") from error
 
     def write_evaluation(self, row: Mapping[str, Any]) -> None:
         """Log an evaluation, in place of an earlier one after the same iteration."""
@@ -87,12 +99,10 @@ def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def _rewrite(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    staging = path.with_name(path.name + ".tmp")
-    with staging.open("w", encoding="utf-8") as stream:
-        stream.writelines(_line(row) for row in rows)
-        stream.flush()
-        os.fsync(stream.fileno())
-    staging.replace(path)
+    try:
+        write_text_atomically(path, "".join(map(_line, rows)))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from marft_graph.episode import Call, Episode
 from marft_graph.errors import CheckpointError
+from marft_graph.secret import hiding
 
 Phase = Literal["train", "eval"]
 
@@ -68,8 +69,9 @@ def write_traces(
 ) -> Path:
     """Write episodes to a parquet file, failed ones included.
 
-    Examples and messages are JSON; a value that JSON does not know is kept as its `repr`. Other
-    text that UTF-8 cannot hold (lone surrogates in an error message) gets backslash escapes.
+    Examples and messages are JSON; a value that JSON does not know is kept as its `repr`. Secrets
+    of the environment are replaced by their names, see `marft_graph.secret`. Other text that UTF-8
+    cannot hold (lone surrogates in an error message) gets backslash escapes.
 
     Args:
         path: the file; it is written beside and renamed, so it is never half there.
@@ -83,6 +85,8 @@ def write_traces(
     target = Path(path)
     staging = target.with_name(target.name + ".tmp")
     rows = [row for number, e in enumerate(episodes) for row in _rows(e, number, iteration, phase)]
+    hide = hiding()
+    rows = [{k: hide(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
     table = pa.Table.from_pylist(rows, schema=_SCHEMA)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,19 +105,23 @@ def read_traces(path: str | Path) -> list[Episode]:
     """The episodes of a file that `write_traces` wrote; their `state` is None.
 
     Raises:
-        CheckpointError: the file is missing, is no parquet file, or lacks columns.
+        CheckpointError: the file is missing, is no parquet file, lacks columns, or its values are
+            no episodes.
     """
     try:
         table = pq.read_table(path, partitioning=None)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, TypeError, LookupError, pa.ArrowException) as error:
         raise CheckpointError(f"cannot read traces from {path}: {error}") from error
     missing = [name for name in _NEEDED if name not in table.column_names]
     if missing:
         raise CheckpointError(f"{path} holds no traces: it has no column {', '.join(missing)}")
     by_episode: dict[int, list[dict[str, Any]]] = {}
-    for row in table.to_pylist():
-        by_episode.setdefault(row["episode"], []).append(row)
-    return [_episode(rows) for rows in by_episode.values()]
+    try:
+        for row in table.to_pylist():
+            by_episode.setdefault(row["episode"], []).append(row)
+        return [_episode(rows) for rows in by_episode.values()]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} holds no traces: {error!r}") from error
 
 
 def to_json(value: Any) -> str:

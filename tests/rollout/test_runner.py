@@ -1,12 +1,14 @@
 """Many episodes at once: order, seeds, failures, deadlines, rewards."""
 
 import asyncio
+import dataclasses
 import operator
 import threading
 import time
 from typing import Annotated
 
 import pytest
+from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models.fake_chat_models import FakeListChatModel
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
@@ -321,3 +323,57 @@ def test_each_episode_is_reported_as_it_ends(engine):
     seen = []
     run_episodes(duo(), examples(3), engine=engine, on_episode=seen.append)
     assert sorted(episode.example_index for episode in seen) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["OutputParserException", "ValueError"])
+def test_an_exception_that_is_the_policy_s_own_fault_earns_what_was_set(engine, name):
+    def actor(state):
+        raise OutputParserException("no JSON") if "1" in state["a"] else OSError("disk")
+
+    asked = []
+    episodes = run_episodes(
+        duo(second=actor),
+        examples(3),
+        engine=engine,
+        reward=lambda example, state: asked.append(example) or 1.0,
+        fault_rewards={name: -0.5},
+    )
+    failed = "failed: OSError in actor"
+    assert [e.status for e in episodes] == [failed, "ok", failed]
+    assert episodes[1].total_reward == -0.5
+    assert "no JSON" in episodes[1].error
+    assert [call.node for call in episodes[1].calls] == ["reasoner"]
+    assert asked == []  # there is no final state that a reward function could look at
+
+
+def test_a_reward_that_fails_may_drop_its_episode_instead_of_stopping_the_run(engine):
+    def reward(example, state):
+        return {"0": 1.0, "1": None, "2": 1 / 0 if example["q"] == "2" else 0}[example["q"]]
+
+    episodes = run_episodes(duo(), examples(3), engine=engine, reward=reward, reward_errors="drop")
+    assert [e.status for e in episodes] == [
+        "ok",
+        "failed: RewardError",
+        "failed: RewardError: ZeroDivisionError",
+    ]
+    assert "'q': '1'" in episodes[1].error
+    assert [e.total_reward for e in episodes] == [1.0, 0.0, 0.0]
+    assert [e.state is None for e in episodes] == [False, True, True]
+
+
+def test_an_empty_answer_is_an_answer_but_no_token_at_all_is_a_failure():
+    engine = FakeEngine("")
+    (episode,) = run_episodes(duo(), examples(1), engine=engine)
+    assert episode.ok
+    assert [call.completion_ids for call in episode.calls] == [(256,), (256,)]
+    engine.close()
+
+    class Silent(FakeEngine):
+        def _completion(self, answer, request):
+            return dataclasses.replace(super()._completion(answer, request), ids=(), logprobs=())
+
+    engine = Silent("")
+    (episode,) = run_episodes(duo(), examples(1), engine=engine)
+    engine.close()
+    assert episode.status == "failed: EngineError in reasoner"
+    assert "node 'reasoner' with no token at all" in episode.error

@@ -132,7 +132,7 @@ def test_the_report_needs_no_network_and_runs_no_script_but_its_own(tmp_path: Pa
 def test_text_of_a_model_is_escaped_and_made_visible(tmp_path: Path) -> None:
     page = write_report(run_folder(tmp_path / "run")).read_text(encoding="utf-8")
     assert "&lt;script src=" in page
-    assert "alert(1)&lt;/script&gt;\\x00\\xd800" in page
+    assert "alert(1)&lt;/script&gt;\\x00\\ud800" in page
     assert "&lt;b&gt;timeout&lt;/b&gt;" in page
     assert "<b>timeout" not in page
 

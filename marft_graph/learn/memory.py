@@ -1,0 +1,113 @@
+"""An update that runs out of memory: tried again from its start with smaller micro-batches.
+
+Micro-batches change only the order of sums, so a smaller one gives the same update but for
+rounding. Knows nothing of what an update does.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marft_graph.episode import Episode
+from marft_graph.errors import OutOfMemoryError
+from marft_graph.learn.update import AgentStats, Learner
+from marft_graph.policy.team import Team
+
+logger = logging.getLogger(__name__)
+
+_SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device or the machine has no memory left.
+
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    True
+    >>> is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    False
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(s in str(error).lower() for s in _SIGNS)
+
+
+def update_within_memory(
+    learner: Learner, team: Team, episodes: Sequence[Episode], iteration: int
+) -> dict[str, AgentStats]:
+    """`learner.update`, with half of `microbatch_tokens` each time it runs out of memory.
+
+    The smaller size stays for later updates.
+
+    Raises:
+        OutOfMemoryError: not even single calls fit; the team is as it was before the update.
+    """
+    before = _Snapshot.of(learner, team)
+    while True:
+        try:
+            return learner.update(episodes, iteration)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = str(error).strip().partition("\n")[0] or type(error).__name__
+        # Outside the handler: its traceback holds the tensors that must go first.
+        before.put_back(learner, team)
+        _release(learner)
+        _halve(learner, episodes, iteration, problem)
+
+
+def _halve(learner: Learner, episodes: Sequence[Episode], iteration: int, problem: str) -> None:
+    tokens = learner.microbatch_tokens
+    longest = max(
+        (len(c.prompt_ids) + len(c.completion_ids) for e in episodes if e.ok for c in e.calls),
+        default=1,
+    )
+    if tokens <= 1 or tokens < longest:
+        raise OutOfMemoryError(
+            f"the update of iteration {iteration} has no memory left even for one call at a time "
+            f"(the longest has {longest} tokens): {problem}. Use gradient_checkpointing, a lower "
+            "max_new_tokens or lora_rank, quantization, or a smaller base model"
+        )
+    learner.microbatch_tokens = tokens // 2
+    logger.warning(
+        "the update of iteration %d ran out of memory (%s); trying again with microbatch_tokens=%d",
+        iteration,
+        problem,
+        tokens // 2,
+    )
+
+
+def _release(learner: Learner) -> None:
+    for optimizer in (*learner.optimizers.values(), *learner.critic_optimizers.values()):
+        optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """Weights and moments, in the machine's memory."""
+
+    weights: dict[str, list[Tensor]]
+    learner: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, learner: Learner, team: Team) -> _Snapshot:
+        weights = {
+            agent: [parameter.detach().to("cpu", copy=True) for parameter in team.parameters(agent)]
+            for agent in team.agents
+        }
+        return cls(weights, {name: value.clone() for name, value in learner.state().items()})
+
+    @torch.no_grad()
+    def put_back(self, learner: Learner, team: Team) -> None:
+        for agent, saved in self.weights.items():
+            for parameter, value in zip(team.parameters(agent), saved, strict=True):
+                parameter.copy_(value)
+        learner.load_state({name: value.clone() for name, value in self.learner.items()})
