@@ -47,7 +47,7 @@ EVAL_EVERY = {"math_duo": 5, "math_trio": 4, "debate": 3, "router": 2}
 """Iterations between evaluations."""
 METHODS: dict[str, dict[str, Any]] = {
     "group": {},
-    "MARFT-A": {"advantage": "gae", "level": "action"},
+    "MARFT-A": {"advantage": "gae", "level": "action", "action_logprob": "sum"},
     "MARFT-T": {"advantage": "gae", "level": "token"},
     "reasoner-alone": {"nodes": ["reasoner"]},
     "actor-alone": {"nodes": ["actor"]},

@@ -59,8 +59,8 @@ class _Row:
 class LocalEngine:
     """Samples from a `Policy` in a thread of its own; thread-safe.
 
-    The engine shares the policy's weights with the learner: publishing a version copies nothing,
-    but nobody may update the weights while completions are running.
+    The engine shares the base with the learner; its rows use the adapters as they were when their
+    version was published.
     """
 
     def __init__(self, policy: Policy, *, max_batch_size: int = 256, version: int = 0) -> None:
@@ -73,6 +73,7 @@ class LocalEngine:
         self._closed = False
         self._thread: threading.Thread | None = None
         self._rows: list[_Row] = []
+        policy.publish()
         _engines.add(self)
         self._cache = RowCache(int(policy.config.num_hidden_layers), policy.device)
 
@@ -85,6 +86,7 @@ class LocalEngine:
         with self._changed:
             if self._rows or self._waiting:
                 raise EngineError("weights cannot change while completions are running")
+            self._policy.publish()
             self._version = version
 
     def use_gate(self, gate: Gate | None) -> None:

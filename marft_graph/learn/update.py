@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from marft_graph.config import TrainConfig
-from marft_graph.episode import Episode
+from marft_graph.episode import Call, Episode
 from marft_graph.errors import TrainingCollapsedError
-from marft_graph.learn.batches import allowed_tokens, collate, microbatches, token_offsets
+from marft_graph.learn.batches import Row, allowed_tokens, collate, microbatches, token_offsets
 from marft_graph.learn.credit import AgentBatch, assign_advantages
 from marft_graph.learn.losses import (
     action_logprobs,
@@ -31,6 +31,8 @@ from marft_graph.policy.logprobs import token_logprobs
 from marft_graph.policy.team import Team
 
 AgentStats = dict[str, float]
+_KL_EVERY = 8
+"""Where nothing but the statistics needs the KL to the base, one call in so many tells it."""
 
 
 class Learner:
@@ -161,7 +163,6 @@ class Learner:
         settings = self._settings
         calls = [episodes[e].calls[k] for e, k in places]
         offsets = token_offsets(calls)
-        reference = torch.zeros(offsets[-1])
         features = None
         if self.critics:
             width = int(self._team.of(agent).config.hidden_size)
@@ -171,20 +172,17 @@ class Learner:
             place=places,
             offsets=offsets,
             old_logprobs_N=torch.tensor([x for call in calls for x in call.logprobs]),
-            ref_logprobs_N=reference,
+            ref_logprobs_N=torch.full((offsets[-1],), torch.nan),
             features_NH=features,
             importance_N=torch.ones(offsets[-1]),
             old_values_N=torch.zeros(offsets[-1]),
             advantages_N=torch.zeros(offsets[-1]),
             returns_N=torch.zeros(offsets[-1]),
         )
-        penalized = settings.kl_in == "reward" and settings.kl_coef > 0
-        if not (is_updated or self.critics or penalized):
-            return batch
-        for indices in microbatches(calls, settings.microbatch_tokens):
-            tokens = batch.tokens(indices)
-            states, logprobs, _ = self._forward(agent, batch, indices, is_base=True)
-            reference[tokens] = logprobs.cpu()
+        for rows in self._microbatches(agent, batch, self._referenced(calls, is_updated)):
+            tokens = batch.tokens(_calls_of(rows))
+            states, logprobs, _ = self._forward(agent, batch, rows, is_base=True)
+            batch.ref_logprobs_N[tokens] = logprobs.cpu()
             if features is not None:
                 features[tokens] = states.float().cpu()
         if features is not None:
@@ -204,9 +202,28 @@ class Learner:
     def _logprobs(self, agent: str, batch: AgentBatch) -> Tensor:
         """Log-probs (N,) of an agent's actions under its adapter as it is now."""
         logprobs_N = torch.empty(batch.offsets[-1])
-        for indices in microbatches(batch.calls, self._settings.microbatch_tokens):
-            logprobs_N[batch.tokens(indices)] = self._forward(agent, batch, indices)[1].cpu()
+        for rows in self._microbatches(agent, batch, range(len(batch.calls))):
+            logprobs_N[batch.tokens(_calls_of(rows))] = self._forward(agent, batch, rows)[1].cpu()
         return logprobs_N
+
+    def _referenced(self, calls: Sequence[Call], is_updated: bool) -> Sequence[int]:
+        """The calls that go through the base: all that need it, else some to tell the KL by."""
+        settings = self._settings
+        if self.critics or (settings.kl_coef > 0 and (is_updated or settings.kl_in == "reward")):
+            return range(len(calls))
+        sampled = [i for i, call in enumerate(calls) if call.temperature > 0] if is_updated else []
+        return sampled if settings.kl_ceiling is not None else sampled[::_KL_EVERY]
+
+    def _microbatches(
+        self, agent: str, batch: AgentBatch, indices: Sequence[int]
+    ) -> Iterator[list[Row]]:
+        """Some of an agent's calls in rows, as many at once as memory is allowed for."""
+        calls = [batch.calls[i] for i in indices]
+        quadratic = self._team.of(agent).attention_cost
+        for rows in microbatches(calls, self._settings.microbatch_tokens, quadratic=quadratic):
+            for row in rows:
+                row.calls = [indices[i] for i in row.calls]
+            yield rows
 
     def _log_ratios(self, agent: str, batch: AgentBatch) -> dict[tuple[int, int], float]:
         """Log of new over old probability of each whole action, by (episode, call)."""
@@ -220,17 +237,22 @@ class Learner:
         }
 
     def _forward(
-        self, agent: str, batch: AgentBatch, indices: Sequence[int], *, is_base: bool = False
+        self, agent: str, batch: AgentBatch, rows: Sequence[Row], *, is_base: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """States (N, H), log-probs (N,) and entropies (N,) of some calls' action tokens."""
+        """States (N, H), log-probs (N,) and entropies (N,) of the action tokens of rows' calls."""
         policy = self._team.of(agent)
-        calls = [batch.calls[i] for i in indices]
-        inputs = collate(calls, policy.device)
+        calls = [batch.calls[i] for i in _calls_of(rows)]
+        inputs = collate(batch.calls, rows, policy.device)
         allowed_NW = None
         if any(call.grammar for call in calls):
             allowed_NW = allowed_tokens(calls, policy.grammars).to(policy.device)
         with policy.using(None if is_base else agent):
-            states_NH = inputs.action_states(policy.hidden(inputs.ids_BT))
+            hidden_BTH = policy.hidden(
+                inputs.ids_BT,
+                is_seen_BTT=inputs.is_seen_BTT,
+                position_ids=inputs.position_BT,
+            )
+            states_NH = inputs.action_states(hidden_BTH)
             logprobs_N, entropy_N = token_logprobs(
                 states_NH,
                 inputs.target_N,
@@ -238,6 +260,7 @@ class Learner:
                 policy.logits,
                 policy.vocabulary,
                 allowed_NW,
+                is_entropy_learnt=self._settings.entropy_coef > 0,
             )
         return states_NH, logprobs_N, entropy_N
 
@@ -283,26 +306,32 @@ class Learner:
         calls = [batch.calls[i] for i in indices]
         token_count = sum(len(call.completion_ids) for call in calls)
         sums = dict.fromkeys(("policy", "entropy", "kl_base", "kl_step", "clipped"), 0.0)
+        referenced = 0
         gap = 0.0
-        for part in microbatches(calls, settings.microbatch_tokens):
-            chosen = [indices[i] for i in part]
+        for rows in self._microbatches(agent, batch, indices):
+            chosen = _calls_of(rows)
             tokens = batch.tokens(chosen)
-            _, logprobs_N, entropy_N = self._forward(agent, batch, chosen)
+            _, logprobs_N, entropy_N = self._forward(agent, batch, rows)
             device = logprobs_N.device
             old_N = batch.old_logprobs_N[tokens].to(device)
             policy, clipped = self._policy_loss(
                 batch, chosen, logprobs_N, old_N, len(calls), token_count
             )
-            kl_base = kl_k3(logprobs_N, batch.ref_logprobs_N[tokens].to(device)).sum() / token_count
+            ref_N = batch.ref_logprobs_N[tokens].to(device)
+            is_known_N = ~ref_N.isnan()
+            kl_base = kl_k3(logprobs_N[is_known_N], ref_N[is_known_N]).sum()
             entropy = entropy_N.sum() / token_count
-            loss = policy - settings.entropy_coef * entropy
+            loss = policy
+            if settings.entropy_coef:
+                loss = loss - settings.entropy_coef * entropy
             if settings.kl_in == "loss" and settings.kl_coef:
-                loss = loss + settings.kl_coef * kl_base
+                loss = loss + settings.kl_coef * kl_base / token_count  # all are known
             torch.autograd.backward(loss)
             with torch.no_grad():
                 sums["policy"] += policy.item()
                 sums["entropy"] += entropy.item()
                 sums["kl_base"] += kl_base.item()
+                referenced += int(is_known_N.sum())
                 sums["kl_step"] += kl_k3(old_N, logprobs_N).sum().item() / token_count
                 sums["clipped"] += clipped
                 gap = max(gap, (logprobs_N - old_N).abs().max().item())
@@ -315,10 +344,10 @@ class Learner:
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return {
+        kl = {"kl": sums["kl_base"] / referenced} if referenced else {}
+        return kl | {
             "loss_policy": sums["policy"],
             "entropy": sums["entropy"],
-            "kl": sums["kl_base"],
             "kl_step": sums["kl_step"],
             "clip_fraction": sums["clipped"],
             "grad_norm": float(norm),
@@ -421,6 +450,11 @@ def _follow(
     per_call = torch.tensor([factors[place] for place in batch.place])
     lengths = torch.tensor(batch.offsets).diff()
     batch.advantages_N = batch.advantages_N * torch.repeat_interleave(per_call, lengths)
+
+
+def _calls_of(rows: Sequence[Row]) -> list[int]:
+    """Indices of the calls in rows, in the order of a batch's action tokens."""
+    return [index for row in rows for index in row.calls]
 
 
 def _places(episodes: Sequence[Episode], agent: str) -> list[tuple[int, int]]:

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -34,10 +33,9 @@ from marft_graph.agents import Agent
 from marft_graph.errors import ConfigError, ModelError
 from marft_graph.policy.chat import TokenizerCodec
 from marft_graph.policy.grammar import Grammars
+from marft_graph.policy.lora import BASE, LoraLayers
 
 Quantization = Literal["none", "4bit"]
-BASE = "__base__"
-"""PEFT's name for rows that no adapter touches."""
 # PEFT mistakes adapter names that are part of its own prefix `lora_`, such as "a", for weights.
 _PREFIX = "node-"
 
@@ -59,13 +57,10 @@ class Policy:
         self.config = base.config.get_text_config()
         self._decoder = base.get_decoder()
         self._lm_head = base.get_output_embeddings()
-        self._row_agents: list[str] | None = None
         self._checkpointed: list[nn.Module] = []
-        # Which adapters are in use is a state of the one model: one user at a time.
+        self._lora = LoraLayers(model)
+        # Which adapter a whole batch uses is a state of the one model: one user at a time.
         self._in_use = threading.RLock()
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer) and isinstance(layer, nn.Module):
-                layer.register_forward_pre_hook(self._name_rows, with_kwargs=True)
         model.eval()
         self._check_head(base)
 
@@ -166,6 +161,14 @@ class Policy:
         """Number of logits."""
         return int(self._lm_head.weight.shape[0])
 
+    @cached_property
+    def attention_cost(self) -> float:
+        """Work of attention between two tokens, in units of all other work for one token."""
+        base = _base_of(self.model)
+        layers, width = int(self.config.num_hidden_layers), int(self.config.hidden_size)
+        own: int = base.num_parameters(exclude_embeddings=True)
+        return 2 * layers * width / max(1, own)
+
     @property
     def end_ids(self) -> frozenset[int]:
         """Token ids that end a completion."""
@@ -191,12 +194,20 @@ class Policy:
             module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)
         ]
 
-    def hidden(self, ids_BT: Tensor, **inputs: Any) -> Tensor:
+    def hidden(self, ids_BT: Tensor, *, is_seen_BTT: Tensor | None = None, **inputs: Any) -> Tensor:
         """Last hidden states (B, T, H) of right-padded ids, under the adapters now in use.
 
-        Causal attention never looks right, so padding after a row's end changes none of its states.
+        `is_seen_BTT` says which tokens (third axis) a token (second) attends to; None: all before
+        it. Causal attention never looks right, so padding after a row's end changes none of its
+        states.
         """
         inputs.setdefault("use_cache", False)
+        if is_seen_BTT is not None:
+            # Added to the scores: on CPU a mask of booleans costs half as much again.
+            dtype = self._lm_head.weight.dtype
+            hidden = torch.zeros(is_seen_BTT.shape, dtype=dtype, device=is_seen_BTT.device)
+            hidden.masked_fill_(~is_seen_BTT, torch.finfo(dtype).min)
+            inputs["attention_mask"] = hidden.unsqueeze(1)
         states: Tensor = self._decoder(input_ids=ids_BT, **inputs).last_hidden_state
         return states
 
@@ -232,13 +243,18 @@ class Policy:
 
     @contextlib.contextmanager
     def using_rows(self, agents: Sequence[str | None]) -> Iterator[None]:
-        """Run batches whose row i is under `agents[i]`'s adapter (None: the base); no gradients."""
-        with self._in_use, torch.no_grad():
-            self._row_agents = [BASE if agent is None else _PREFIX + agent for agent in agents]
-            try:
-                yield
-            finally:
-                self._row_agents = None
+        """Run batches whose row i is under `agents[i]`'s adapter (None: the base); no gradients.
+
+        Rows see the adapters as they were when `publish` was called last.
+        """
+        names = [BASE if agent is None else _PREFIX + agent for agent in agents]
+        lock = self._in_use if self._lora.is_shared_state else contextlib.nullcontext()
+        with lock, torch.no_grad(), self._lora.rows(names):
+            yield
+
+    def publish(self) -> None:
+        """Let rows use the adapters as they are now."""
+        self._lora.publish()
 
     def save_adapter(self, agent: str, folder: Path) -> None:
         """Write one adapter in PEFT format (safetensors) into `folder`."""
@@ -272,15 +288,6 @@ class Policy:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(saved[name])
-
-    def _name_rows(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # PEFT's own way to mix adapters in a batch, without adding and removing a hook per layer
-        # and forward pass.
-        if self._row_agents is None:
-            return None
-        return args, {**kwargs, "adapter_names": self._row_agents}
 
     def _check_head(self, base: PreTrainedModel) -> None:
         """Refuse a model whose logits are not head(hidden): its log-probs would be wrong."""

@@ -6,6 +6,7 @@ sampled and what is trained are the same numbers. Both mask what a grammar forbi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -26,12 +27,15 @@ def token_logprobs(
     head: Callable[[Tensor], Tensor],
     vocabulary: int,
     allowed_NW: Tensor | None = None,
+    *,
+    is_entropy_learnt: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target token, and entropy of its distribution (both nats, fp32).
 
     `head` maps hidden states to logits over `vocabulary` tokens; logits are divided by the
     temperature that the call was sampled with (0, greedy, is scored at 1). `allowed_NW` has the
     bits that `constrained` takes, for tokens sampled under a grammar; None: all tokens were free.
+    Without `is_entropy_learnt` the entropies are numbers without a gradient.
     Where many tokens meet a large vocabulary the logits are made in chunks and made again in the
     backward pass.
     """
@@ -44,7 +48,9 @@ def token_logprobs(
             logits_CV = constrained(logits_CV, allowed_CW)
         logp_CV = scaled_logprobs(logits_CV, temperature_C)
         chosen_C = logp_CV.gather(-1, target_C.unsqueeze(-1)).squeeze(-1)
-        return chosen_C, -(logp_CV.exp() * logp_CV).sum(-1)
+        with contextlib.nullcontext() if is_entropy_learnt else torch.no_grad():
+            entropy_C = -(logp_CV.exp() * logp_CV).sum(-1)
+        return chosen_C, entropy_C
 
     rows = max(1, _CHUNK_ELEMENTS // vocabulary)
     if len(target_N) <= rows:
