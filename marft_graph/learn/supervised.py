@@ -1,7 +1,7 @@
 """Supervised fine-tuning of adapters on demonstrations: RL then starts from a student.
 
-The loss is over the answer's tokens alone, under the prompt as it is rendered in a rollout. Batches
-are cut by length, so little is padded. Log-probs are those of the PPO update.
+The loss is over the answer's tokens alone, under the prompt as it is rendered in a rollout. Answers
+whose prompts begin alike share a row. Log-probs are those of the PPO update.
 """
 
 from __future__ import annotations
@@ -189,12 +189,18 @@ def _backward(policy: Policy, agent: str, batch: Sequence[Call], microbatch_toke
     """Accumulate the gradient of the batch's mean loss per token; the sum of its losses."""
     count = sum(len(call.completion_ids) for call in batch)
     total = 0.0
-    for indices in microbatches(batch, microbatch_tokens):
-        inputs = collate([batch[i] for i in indices], policy.device)
+    for rows in microbatches(batch, microbatch_tokens):
+        inputs = collate(batch, rows, policy.device)
         with policy.using(agent):
-            states_NH = inputs.action_states(policy.hidden(inputs.ids_BT))
+            hidden_BTH = policy.hidden(
+                inputs.ids_BT, is_seen_BTT=inputs.is_seen_BTT, position_ids=inputs.position_BT
+            )
             logprobs_N, _ = token_logprobs(
-                states_NH, inputs.target_N, inputs.temperature_N, policy.logits, policy.vocabulary
+                inputs.action_states(hidden_BTH),
+                inputs.target_N,
+                inputs.temperature_N,
+                policy.logits,
+                policy.vocabulary,
             )
             loss = -logprobs_N.sum()
             torch.autograd.backward(loss / count)

@@ -152,7 +152,7 @@ def test_a_warm_started_team_does_what_its_teacher_does(tmp_path: Path) -> None:
         after = trainer.evaluate(greedy=True)
     assert before.return_mean < 0.1
     assert after.return_mean > 0.4  # on stories that the teacher never saw
-    assert stats["actor"]["loss_last"] < 0.5 * stats["actor"]["loss_first"]
+    assert stats["actor"]["loss_last"] < 0.8 * stats["actor"]["loss_first"]
 
 
 def math_duo() -> Workflow:

@@ -22,6 +22,12 @@ MOST_TURNS = 4
 """Workers' turns after which the work ends whatever the supervisor says."""
 
 
+class Question(TypedDict):
+    """What the app is asked."""
+
+    question: str
+
+
 class State(TypedDict, total=False):
     """What the agents share."""
 
@@ -60,7 +66,7 @@ def chosen(state: State) -> str:
     return state["following"] if is_open and state["following"] in names else END
 
 
-builder = StateGraph(State)
+builder = StateGraph(State, input_schema=Question)
 for node in (supervisor, reasoner, actor):
     builder.add_node(node.__name__, node)
 builder.add_edge(START, "supervisor")
