@@ -186,7 +186,7 @@ def compare(
     return Comparison(
         policies=figures,
         against=reference,
-        differences={name: _difference(episodes[reference], episodes[name]) for name in others},
+        differences={name: differences(episodes[reference], episodes[name]) for name in others},
         better=tuple(c for c in changed if c.difference > 0)[:_SHOWN],
         worse=tuple(c for c in reversed(changed) if c.difference < 0)[:_SHOWN],
         greedy=greedy,
@@ -291,8 +291,14 @@ def _pairs(before: Sequence[Episode], after: Sequence[Episode]) -> list[tuple[Ep
     return [(old[key], episode) for key, episode in keyed if key in old]
 
 
-def _difference(before: Sequence[Episode], after: Sequence[Episode]) -> PairedDifference:
-    """An example counts once, however many episodes it had: their noise is not independent."""
+def differences(before: Sequence[Episode], after: Sequence[Episode]) -> PairedDifference:
+    """The paired difference of two policies' episodes, `after` minus `before`.
+
+    An example counts once, however many episodes it had: their noise is not independent.
+
+    Raises:
+        EpisodesFailedError: no example was finished by both.
+    """
     by_example: dict[int, list[float]] = {}
     for old, new in _pairs(before, after):
         gain = new.total_reward - old.total_reward
