@@ -159,7 +159,7 @@ class BoundGraph(Runnable[Any, Any]):
 
     @property
     def compiled(self) -> Pregel[Any, Any, Any, Any]:
-        """The bound app as a compiled graph, for LangGraph's servers and for use as a subgraph."""
+        """The bound app as a compiled graph, for LangGraph's servers (`langgraph dev`)."""
         return bound_copy(self)
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:

@@ -13,6 +13,15 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer
 
 from marft_graph.policy.chat import PLAIN_TEMPLATE
+from marft_graph.policy.tool_formats import detect_format
+
+_TOOL_PARSERS = {
+    "hermes": "hermes",
+    "xml": "qwen3_coder",
+    "llama": "llama3_json",
+    "mistral": "mistral",
+}
+"""Our names of tool-call formats, and vLLM's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +33,8 @@ class ChatTemplate:
     """Whether the base model's tokenizer has it; else a server must be given it."""
     file: str
     """Its name in the export folder."""
+    tool_parser: str
+    """What vLLM calls the form in which the template writes tool calls."""
 
 
 def template_of(base_model: str, number: int = 1) -> ChatTemplate | None:
@@ -35,7 +46,8 @@ def template_of(base_model: str, number: int = 1) -> ChatTemplate | None:
     if isinstance(template, Mapping):
         template = template.get("default") or next(iter(template.values()))
     name = f"chat_template{'' if number == 1 else f'_{number}'}.jinja"
-    return ChatTemplate(str(template or PLAIN_TEMPLATE), bool(template), name)
+    text = str(template or PLAIN_TEMPLATE)
+    return ChatTemplate(text, bool(template), name, _TOOL_PARSERS[detect_format(text).name])
 
 
 def revision_of(base_model: str) -> str | None:

@@ -158,6 +158,7 @@ def write_export(
             "revision": revision_of(base),
             "lora_rank": _rank(out_dir / "adapters" / name),
             "chat_template": templates[base].file if base in templates else None,
+            "tool_parser": templates[base].tool_parser if base in templates else "hermes",
         }
         for name, base in bases.items()
     }
@@ -270,6 +271,8 @@ def _served(
             arguments += ["--revision", str(first["revision"])]
         if base in templates:
             arguments += ["--chat-template", f"{folder}/{first['chat_template']}"]
+        if first.get("tool_parser"):
+            arguments += ["--enable-auto-tool-choice", "--tool-call-parser", first["tool_parser"]]
         arguments += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(len(names))]
         arguments += ["--lora-modules"]
         arguments += [f"{name}={folder}/{adapters[name]['path']}" for name in names]

@@ -86,6 +86,7 @@ def test_the_command_and_the_compose_file_tell_vllm_the_same(out: Path, tiny_mod
     words = shlex.split(command)
     assert words[:3] == ["vllm", "serve", str(tiny_model.resolve())]
     assert f"actor={out / 'adapters' / 'actor'}" in words
+    assert words[words.index("--tool-call-parser") + 1] == "hermes"
     assert "--chat-template" not in words  # the tokenizer has one
     service = yaml.safe_load((out / "compose.yaml").read_text())["services"]["vllm"]
     inside = [word.replace(str(out), "/adapters") for word in words[3:]]
