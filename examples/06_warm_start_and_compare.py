@@ -26,12 +26,12 @@ def main() -> None:
     assert duo.reward is not None
     train, held_out = duo.load_data()
     teacher = []
-    for a, b in [(a, b) for a in range(1, 13) for b in range(1, 13, 2)]:
+    for a, b in [(a, b) for a in range(1, 13) for b in range(1, 13, 4)]:
         question = f"Ann has {a} figs and buys {b}. How many?"
         teacher.append(said("reasoner", REASONER, question, f"{a}+{b}"))
         teacher.append(said("actor", ACTOR, f"{question}\n{a}+{b}", str(a + b)))
     settings = {k: v for k, v in duo.settings.items() if k != "dataset"}
-    config = {**settings, "eval_examples": 64}
+    config = {**settings, "eval_examples": 24}
     with (
         tempfile.TemporaryDirectory() as folder,
         Trainer(
@@ -42,7 +42,7 @@ def main() -> None:
             run_dir=Path(folder) / "run",
         ) as trainer,
     ):
-        trainer.warm_start(teacher, epochs=2)
+        trainer.warm_start(teacher, epochs=3)
         student = trainer.export(Path(folder) / "student")
         found = compare(
             duo.graph,

@@ -129,6 +129,7 @@ def compare(
     episodes_per_example: int = 1,
     greedy: bool = False,
     base_model: str | None = None,
+    own_concurrency: int = 16,
 ) -> Comparison:
     """Run policies on the first `config.eval_examples` held-out examples (0: all) and compare.
 
@@ -145,6 +146,7 @@ def compare(
         episodes_per_example: several lower the noise; an example still counts once.
         greedy: take the most likely token instead of sampling (own models keep their settings).
         base_model: where the exports' base model is now.
+        own_concurrency: episodes of the app's own models that run at once; APIs limit rates.
 
     Raises:
         ConfigError: no policy, or `against` or a price names one that is not compared.
@@ -172,6 +174,7 @@ def compare(
             "group_size": episodes_per_example,
         }
         if str(source) == OWN:
+            given["config"] = config.replace(concurrency=min(own_concurrency, config.concurrency))
             episodes[name] = held_out_episodes(app, examples, engine=None, nodes=nodes, **given)
         elif str(source) == BASE:
             episodes[name] = _base_episodes(app, examples, nodes, config, base_model, given)

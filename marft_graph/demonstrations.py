@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
+from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from marft_graph.data import read_rows
 from marft_graph.episode import Episode
@@ -167,12 +168,8 @@ def _from_row(row: Mapping[str, Any], where: str) -> Iterator[Demonstration]:
         raise DatasetError(f"{where} has no message with the role assistant: nothing to learn")
     for position, message in enumerate(messages):
         if isinstance(message, AIMessage) and position:
-            yield Demonstration(
-                agent_path(str(row["node"])),
-                tuple(messages[:position]),
-                message,
-                tuple(tools or ()),
-            )
+            node = agent_path(str(row["node"]))
+            yield Demonstration(node, tuple(messages[:position]), message, _schemas(tools))
 
 
 def _decoded(value: Any, where: str) -> Any:
@@ -235,7 +232,12 @@ def _from_langsmith(run: Mapping[str, Any]) -> Iterator[Demonstration]:
     *prompt, last = _messages([*asked, answer], where)
     tools = (extra.get("invocation_params") or {}).get("tools") or ()
     if isinstance(last, AIMessage):
-        yield Demonstration(agent_path(node), tuple(prompt), last, tuple(tools))
+        yield Demonstration(agent_path(node), tuple(prompt), last, _schemas(tools))
+
+
+def _schemas(tools: Any) -> tuple[dict[str, Any], ...]:
+    """Tools in OpenAI form, whichever provider's they were recorded in."""
+    return tuple(convert_to_openai_tool(dict(tool)) for tool in tools or ())
 
 
 def _first(nested: Any) -> Any:
