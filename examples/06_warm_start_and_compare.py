@@ -42,7 +42,7 @@ def main() -> None:
             run_dir=Path(folder) / "run",
         ) as trainer,
     ):
-        trainer.warm_start(teacher, epochs=3)
+        trainer.warm_start(teacher, epochs=3, batch_size=4)
         student = trainer.export(Path(folder) / "student")
         found = compare(
             duo.graph,
