@@ -142,6 +142,12 @@ class TrainConfig:
     max_batch_size: int = setting(
         256, "completions that the local engine decodes at once", at_least=1
     )
+    cache_gib: float = setting(
+        4.0,
+        "memory of the local engine for keys and values; calls that need more wait",
+        unit="GiB",
+        above=0,
+    )
     episode_timeout: float = setting(600.0, "deadline of one episode", unit="seconds", above=0)
     reward_timeout: float = setting(60.0, "deadline of one reward call", unit="seconds", above=0)
     reward_concurrency: int = setting(64, "reward calls that run at once", at_least=1)

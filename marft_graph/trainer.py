@@ -165,7 +165,11 @@ class Trainer:
         self.team = Team.load(agents, self.config)
         self._rates = {agent.name: agent.learning_rate for agent in agents}
         self._learner = Learner(self.team, self.config, self._rates)
-        self._engine = local_engine(self.team, max_batch_size=self.config.max_batch_size)
+        self._engine = local_engine(
+            self.team,
+            max_batch_size=self.config.max_batch_size,
+            cache_gib=self.config.cache_gib,
+        )
         self._health = Health(
             entropy_floor=self.config.entropy_floor,
             kl_ceiling=self.config.kl_ceiling,

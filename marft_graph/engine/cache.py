@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
@@ -59,14 +60,20 @@ class RowCacheLayer(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """Keys and values of up to `rows` running completions; grows by doubling, never shrinks."""
+    """Keys and values of running completions; grows by doubling while memory allows.
 
-    def __init__(self, layers: int, device: torch.device) -> None:
+    Args:
+        config: of the model.
+        max_tokens: rows times capacity never exceed this, unless what is asked for does.
+    """
+
+    def __init__(self, config: Any, device: torch.device, max_tokens: int) -> None:
         self.rows, self.capacity = 8, 64
+        self._max_tokens = max_tokens
         self.read_to = 0
         self.write_at = torch.empty(0, dtype=torch.long, device=device)
         self.row_index = torch.arange(self.rows, device=device)
-        self._own_layers = [RowCacheLayer(self) for _ in range(layers)]
+        self._own_layers = [RowCacheLayer(self) for _ in range(int(config.num_hidden_layers))]
         super().__init__(layers=list(self._own_layers))
 
     def prepare(self, length_B: Tensor, longest: int) -> None:
@@ -74,17 +81,42 @@ class RowCache(Cache):
         self.write_at = length_B
         self.read_to = longest + 1
 
-    def insert(self, first_row: int, prefilled: DynamicCache, source_rows: Sequence[int]) -> None:
-        """Copy prefilled prompts into rows from `first_row` on; row i takes `source_rows[i]`."""
-        source = torch.tensor(source_rows, device=self.row_index.device)
+    def insert(
+        self,
+        first_row: int,
+        prefilled: DynamicCache,
+        source_rows: Sequence[int],
+        paths: Sequence[np.ndarray],
+    ) -> None:
+        """Copy prefilled prompts into reserved rows from `first_row` on.
+
+        The i-th of them takes the columns `paths[i]` of row `source_rows[i]`.
+        """
+        device = self.row_index.device
+        source_M = torch.tensor(source_rows, device=device)
+        length = max(map(len, paths))
         last_row = first_row + len(source_rows)
-        self.reserve(last_row, prefilled.get_seq_length() + 1)
+        path_ML = np.zeros((len(paths), length), dtype=np.int64)
+        for place, path in enumerate(paths):
+            path_ML[place, : len(path)] = path
+        is_plain = bool((path_ML <= np.arange(length)).all())  # padding aside, column i is token i
+        column_ML = torch.from_numpy(path_ML).to(device)
         for own, (keys, values) in zip(self._own_layers, _filled(prefilled), strict=True):
             if not own.is_initialized:
                 own.lazy_initialization(keys, values)
-            length = keys.shape[2]
-            own.keys[first_row:last_row, :, :length] = keys[source]
-            own.values[first_row:last_row, :, :length] = values[source]
+            for target, source in ((own.keys, keys), (own.values, values)):
+                if is_plain:
+                    part = source[source_M, :, :length]
+                else:
+                    part = source[source_M.unsqueeze(-1), :, column_ML].transpose(1, 2)
+                target[first_row:last_row, :, :length] = part
+
+    def copy(self, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (heads, length, size) of a row, by layer."""
+        return [
+            (layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone())
+            for layer in self._own_layers
+        ]
 
     def move(self, source: int, target: int) -> None:
         """Copy one row over another, to keep running rows packed."""
@@ -93,18 +125,31 @@ class RowCache(Cache):
             layer.values[target] = layer.values[source]
 
     def reserve(self, rows: int, capacity: int) -> None:
-        """Grow so that `rows` rows of `capacity` tokens fit."""
-        while self.rows < rows:
-            self.rows *= 2
-        while self.capacity < capacity:
-            self.capacity *= 2
+        """Make room for `rows` rows of `capacity` tokens; what those hold stays."""
+        if rows <= self.rows and capacity <= self.capacity:
+            return
+        new_rows, new_capacity = self.rows, self.capacity
+        while new_rows < rows:
+            new_rows *= 2
+        while new_capacity < capacity:
+            new_capacity *= 2
+        if new_rows * new_capacity > self._max_tokens:
+            new_rows, new_capacity = rows, capacity
+        self.rows, self.capacity = new_rows, new_capacity
         self.row_index = torch.arange(self.rows, device=self.row_index.device)
         for layer in self._own_layers:
-            if layer.is_initialized and (
-                layer.keys.shape[0] < self.rows or layer.keys.shape[2] < self.capacity
-            ):
-                layer.keys = _grown(layer.keys, self.rows, self.capacity)
-                layer.values = _grown(layer.values, self.rows, self.capacity)
+            if layer.is_initialized:
+                layer.keys = _resized(layer.keys, self.rows, self.capacity)
+                layer.values = _resized(layer.values, self.rows, self.capacity)
+
+
+def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Memory of one token's keys and values in all layers."""
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    size = int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    return 2 * int(config.num_hidden_layers) * heads * size * dtype.itemsize
 
 
 def _filled(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
@@ -116,7 +161,8 @@ def _filled(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _grown(old: Tensor, rows: int, capacity: int) -> Tensor:
+def _resized(old: Tensor, rows: int, capacity: int) -> Tensor:
     new = old.new_zeros((rows, old.shape[1], capacity, old.shape[3]))
-    new[: old.shape[0], :, : old.shape[2]] = old
+    kept_rows, kept = min(rows, old.shape[0]), min(capacity, old.shape[2])
+    new[:kept_rows, :, :kept] = old[:kept_rows, :, :kept]
     return new

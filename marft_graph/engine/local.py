@@ -1,8 +1,8 @@
 """The local engine: transformers in process, all waiting calls of all nodes in one running batch.
 
-A thread decodes. Calls join the running batch as they arrive; identical prompts that arrive
-together are prefilled once; each row has its own adapter, length, temperature and random stream.
-Knows the policy, but nothing of graphs or episodes.
+A thread decodes. Calls join the running batch as they arrive, first come, first served, as long as
+its cache has room; what prompts have in common is computed once; each row has its own adapter,
+length, temperature and random stream. Knows the policy, but nothing of graphs or episodes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from marft_graph.engine.base import ChatCodec, Completion, Gate, GenerationRequest
-from marft_graph.engine.cache import RowCache
+from marft_graph.engine.cache import RowCache, bytes_per_token
+from marft_graph.engine.prefill import Prompt, prefill
+from marft_graph.engine.prefixes import Prefixes
 from marft_graph.episode import FinishReason
 from marft_graph.errors import EngineError, ModelError, PromptTooLongError
 from marft_graph.policy.adapters import Policy
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 _IDLE_SECONDS = 5.0
 # Padded prompt tokens in one prefill pass; bounds its memory.
 _PREFILL_TOKENS = 16384
+# Share of the cache's memory for what answered calls left.
+_KEPT_SHARE = 0.25
 
 
 @dataclass(eq=False, slots=True)
@@ -55,19 +58,44 @@ class _Row:
     failure: ModelError | None = None
     """Why the completion cannot be finished."""
 
+    @property
+    def cached(self) -> int:
+        """Tokens whose keys and values are in the cache: all but the last one sampled."""
+        return len(self.request.prompt_ids) + len(self.ids) - 1
+
 
 class LocalEngine:
     """Samples from a `Policy` in a thread of its own; thread-safe.
 
     The engine shares the base with the learner; its rows use the adapters as they were when their
     version was published.
+
+    Args:
+        policy: base and adapters.
+        max_batch_size: completions that run at once.
+        cache_gib: memory for keys and values; calls that would need more wait for others to end.
+        version: of the adapters as they are.
     """
 
-    def __init__(self, policy: Policy, *, max_batch_size: int = 256, version: int = 0) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        max_batch_size: int = 256,
+        cache_gib: float = 4.0,
+        version: int = 0,
+    ) -> None:
         self._policy = policy
         self._max_batch_size = max_batch_size
         self._version = version
-        self._waiting: deque[tuple[GenerationRequest, Future[Completion]]] = deque()
+        self._cache_gib = cache_gib
+        fitting = cache_gib * 2**30 / bytes_per_token(policy.config, policy.dtype)
+        self._max_tokens = int(fitting * (1 - _KEPT_SHARE))
+        self._prefixes = Prefixes(int(fitting * _KEPT_SHARE))
+        self.prefilled_tokens = 0
+        """Prompt tokens that went through the model so far."""
+        self._arrived: list[tuple[GenerationRequest, Future[Completion]]] = []
+        self._queue: deque[tuple[GenerationRequest, Future[Completion]]] = deque()
         self._changed = threading.Condition()
         self._gate: Gate | None = None
         self._closed = False
@@ -75,7 +103,7 @@ class LocalEngine:
         self._rows: list[_Row] = []
         policy.publish()
         _engines.add(self)
-        self._cache = RowCache(int(policy.config.num_hidden_layers), policy.device)
+        self._cache = RowCache(policy.config, policy.device, self._max_tokens)
 
     def codec(self, agent: str | None) -> ChatCodec:
         """The codec of the one base model behind all agents."""
@@ -84,9 +112,10 @@ class LocalEngine:
     def publish(self, version: int) -> None:
         """Say which version the policy's weights now are; completions carry it."""
         with self._changed:
-            if self._rows or self._waiting:
+            if self._rows or self._arrived or self._queue:
                 raise EngineError("weights cannot change while completions are running")
             self._policy.publish()
+            self._prefixes.clear()
             self._version = version
 
     def use_gate(self, gate: Gate | None) -> None:
@@ -112,13 +141,20 @@ class LocalEngine:
                 f"prompt of {request.agent or 'the base'} has {len(request.prompt_ids)} tokens; "
                 f"the context of {self._policy.codec.context_length} needs room for an answer"
             )
+        needed = self._most_tokens(request)
+        if needed > self._max_tokens:
+            raise EngineError(
+                f"a call of up to {needed} tokens does not fit into cache_gib={self._cache_gib:g}, "
+                f"which holds {self._max_tokens} tokens of running calls; raise it, or lower "
+                "max_new_tokens"
+            )
         if request.grammar:
             self._policy.grammars.compile(request.grammar)  # refused here, not in the thread
         future: Future[Completion] = Future()
         with self._changed:
             if self._closed:
                 raise EngineError("the engine is closed")
-            self._waiting.append((request, future))
+            self._arrived.append((request, future))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="marft-engine", daemon=True)
                 self._thread.start()
@@ -151,70 +187,85 @@ class LocalEngine:
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not (self._closed or self._waiting or self._rows):
+            while not (self._closed or self._has_work()):
                 if not self._changed.wait(timeout=_IDLE_SECONDS):
                     break
-            if self._closed or not (self._waiting or self._rows):
+            if self._closed or not self._has_work():
                 self._thread = None
                 return False
             return True
 
+    def _has_work(self) -> bool:
+        return bool(self._arrived or self._queue or self._rows)
+
     def _fail_all(self, error: EngineError) -> None:
         with self._changed:
-            waiting = [future for _, future in self._waiting] + [row.future for row in self._rows]
-            self._waiting.clear()
+            waiting = [future for _, future in (*self._arrived, *self._queue)]
+            waiting += [row.future for row in self._rows]
+            self._arrived.clear()
+            self._queue.clear()
             self._rows.clear()
         for future in waiting:
             with contextlib.suppress(Exception):  # cancelled or resolved meanwhile
                 future.set_exception(error)
 
     def _admit(self) -> None:
-        """Move waiting calls into the batch, as many as fit, in the order of their keys."""
+        """Move waiting calls into the batch, as many as fit.
+
+        What arrived before goes first; calls that arrived together go in the order of their keys.
+        """
         with self._changed:
-            waiting = sorted(
-                (item for item in self._waiting if not item[1].cancelled()),
-                key=lambda item: item[0].order,
-            )
-            room = self._max_batch_size - len(self._rows)
-            self._waiting = deque(waiting[room:])
-        rows = [self._new_row(request, future) for request, future in waiting[:room]]
-        rows.sort(key=lambda row: len(row.request.prompt_ids))  # stable: little padding
-        while rows:
-            chunk = rows[: max(1, _PREFILL_TOKENS // len(rows[-1].request.prompt_ids))]
-            rows = rows[len(chunk) :]
-            self._prefill(chunk)
+            self._queue.extend(sorted(self._arrived, key=lambda item: item[0].order))
+            self._arrived.clear()
+            new: list[_Row] = []
+            longest = max((self._most_tokens(row.request) for row in self._rows), default=0)
+            while self._queue and len(self._rows) + len(new) < self._max_batch_size:
+                if self._queue[0][1].cancelled():
+                    self._queue.popleft()
+                    continue
+                longest = max(longest, self._most_tokens(self._queue[0][0]))
+                if (len(self._rows) + len(new) + 1) * longest > self._max_tokens:
+                    break
+                new.append(self._new_row(*self._queue.popleft()))
+        if new:
+            self._prefill(new)
+
+    def _most_tokens(self, request: GenerationRequest) -> int:
+        """So many tokens of cache a call may come to need: its prompt and its longest answer."""
+        room = self._policy.codec.context_length - len(request.prompt_ids)
+        return len(request.prompt_ids) + max(1, min(request.sampling.max_tokens, room))
 
     def _new_row(self, request: GenerationRequest, future: Future[Completion]) -> _Row:
-        room = self._policy.codec.context_length - len(request.prompt_ids)
-        limit = max(1, min(request.sampling.max_tokens, room))
+        limit = self._most_tokens(request) - len(request.prompt_ids)
         uniforms = np.random.Generator(np.random.Philox(key=request.seed)).random(limit)
         row = _Row(request, future, limit, uniforms)
         if request.grammar:
             row.grammar = self._policy.grammars.follow(request.grammar)
         return row
 
-    def _prefill(self, rows: list[_Row]) -> None:
-        """Run the distinct prompts of new rows once, copy their caches, sample the first tokens."""
-        distinct: dict[tuple[str | None, tuple[int, ...]], int] = {}
-        for row in rows:
-            distinct.setdefault((row.request.agent, row.request.prompt_ids), len(distinct))
-        prompts = [ids for _, ids in distinct]
-        longest = max(map(len, prompts))
-        device = self._policy.device
-        ids_UT = torch.tensor(
-            [[*ids, *[0] * (longest - len(ids))] for ids in prompts], device=device
-        )
-        last_U = torch.tensor([len(ids) - 1 for ids in prompts], device=device)
-        prefilled = DynamicCache(config=self._policy.config)
-        with self._policy.using_rows([agent for agent, _ in distinct]):
-            hidden = self._policy.hidden(ids_UT, past_key_values=prefilled, use_cache=True)
-            logits_UV = self._policy.logits(
-                hidden[torch.arange(len(prompts), device=device), last_U]
+    def _prefill(self, new: list[_Row]) -> None:
+        """Run the distinct prompts of new rows, copy their caches, sample the first tokens."""
+        waiting: dict[Prompt, list[_Row]] = {}
+        for row in new:
+            waiting.setdefault((row.request.agent, row.request.prompt_ids), []).append(row)
+        prompts = list(waiting)
+        tokens = [row.cached for row in self._rows] + [len(ids) for _, ids in prompts]
+        self._cache.reserve(len(self._rows) + len(new), max(tokens) + 1)
+        for batch in prefill(self._policy, prompts, self._prefixes, _PREFILL_TOKENS):
+            self.prefilled_tokens += batch.computed
+            rows, source = [], []
+            for place, index in enumerate(batch.members):
+                own = waiting[prompts[index]]
+                rows += own
+                source += [place] * len(own)
+            self._cache.insert(
+                len(self._rows),
+                batch.cache,
+                [batch.row_M[place] for place in source],
+                [batch.paths[place] for place in source],
             )
-        source = [distinct[row.request.agent, row.request.prompt_ids] for row in rows]
-        self._cache.insert(len(self._rows), prefilled, source)
-        self._rows += rows
-        self._sample(rows, logits_UV[torch.tensor(source, device=device)])
+            self._rows += rows
+            self._sample(rows, batch.logits_MV[torch.tensor(source, device=self._policy.device)])
 
     def _decode(self) -> bool:
         """Release what is finished, then sample one token for every other row.
@@ -225,18 +276,18 @@ class LocalEngine:
             return True
         rows = self._rows
         device = self._policy.device
-        lengths = [len(row.request.prompt_ids) + len(row.ids) - 1 for row in rows]
+        lengths = [row.cached for row in rows]
         longest = max(lengths)
         self._cache.reserve(len(rows), longest + 1)
         length_B = torch.tensor(lengths, device=device)
         self._cache.prepare(length_B, longest)
-        mask_BL = torch.arange(longest + 1, device=device) <= length_B.unsqueeze(-1)
+        is_seen_BL = torch.arange(longest + 1, device=device) <= length_B.unsqueeze(-1)
         ids_B1 = torch.tensor([[row.ids[-1]] for row in rows], device=device)
         with self._policy.using_rows([row.request.agent for row in rows]):
             hidden = self._policy.hidden(
                 ids_B1,
                 position_ids=length_B.unsqueeze(-1),
-                attention_mask=mask_BL[:, None, None],
+                is_seen_BTT=is_seen_BL.unsqueeze(1),
                 past_key_values=self._cache,
                 use_cache=True,
             )
@@ -265,6 +316,7 @@ class LocalEngine:
         finished = [(row, reason) for row in self._rows if (reason := self._finished(row))]
         if not finished:
             return False
+        self._keep_prefixes([row for row, _ in finished])
         kept = list(self._rows)
         for row, _ in finished:
             hole = kept.index(row)
@@ -289,6 +341,15 @@ class LocalEngine:
                 )
             )
         return True
+
+    def _keep_prefixes(self, finished: Sequence[_Row]) -> None:
+        """Keep what finished rows computed, for calls that begin with it."""
+        places = {row: place for place, row in enumerate(self._rows)}
+        for row in finished:
+            ids = (row.request.prompt_ids + tuple(row.ids))[: row.cached]
+            if row.failure is None and self._prefixes.wants(ids):
+                layers = self._cache.copy(places[row], row.cached)
+                self._prefixes.put(row.request.agent, ids, layers)
 
     def _finished(self, row: _Row) -> FinishReason | None:
         if row.future.cancelled() or row.failure is not None:

@@ -47,9 +47,14 @@ class RoutingEngine:
         return self._engine_of[agent]
 
 
-def local_engine(team: Team, *, max_batch_size: int = 256) -> LocalEngine | RoutingEngine:
-    """The engine in this process for all agents of a team."""
-    engines = [LocalEngine(policy, max_batch_size=max_batch_size) for policy in team.policies]
+def local_engine(
+    team: Team, *, max_batch_size: int = 256, cache_gib: float = 4.0
+) -> LocalEngine | RoutingEngine:
+    """The engine in this process for all agents of a team; settings as in `LocalEngine`."""
+    engines = [
+        LocalEngine(policy, max_batch_size=max_batch_size, cache_gib=cache_gib)
+        for policy in team.policies
+    ]
     if len(engines) == 1:
         return engines[0]
     by_policy = dict(zip(team.policies, engines, strict=True))

@@ -15,7 +15,7 @@ from torch import Tensor
 from marft_graph.config import TrainConfig
 from marft_graph.episode import Call, Episode
 from marft_graph.errors import TrainingCollapsedError
-from marft_graph.learn.batches import Row, allowed_tokens, collate, microbatches, token_offsets
+from marft_graph.learn.batches import allowed_tokens, collate, microbatches, token_offsets
 from marft_graph.learn.credit import AgentBatch, assign_advantages
 from marft_graph.learn.losses import (
     action_logprobs,
@@ -28,6 +28,7 @@ from marft_graph.learn.order import sequential_factors, turns
 from marft_graph.learn.schedule import rate_share
 from marft_graph.policy.critic import ValueHead
 from marft_graph.policy.logprobs import token_logprobs
+from marft_graph.policy.rows import Row
 from marft_graph.policy.team import Team
 
 AgentStats = dict[str, float]
@@ -222,7 +223,7 @@ class Learner:
         quadratic = self._team.of(agent).attention_cost
         for rows in microbatches(calls, self._settings.microbatch_tokens, quadratic=quadratic):
             for row in rows:
-                row.calls = [indices[i] for i in row.calls]
+                row.members = [indices[i] for i in row.members]
             yield rows
 
     def _log_ratios(self, agent: str, batch: AgentBatch) -> dict[tuple[int, int], float]:
@@ -454,7 +455,7 @@ def _follow(
 
 def _calls_of(rows: Sequence[Row]) -> list[int]:
     """Indices of the calls in rows, in the order of a batch's action tokens."""
-    return [index for row in rows for index in row.calls]
+    return [index for row in rows for index in row.members]
 
 
 def _places(episodes: Sequence[Episode], agent: str) -> list[tuple[int, int]]:

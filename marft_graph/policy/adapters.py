@@ -157,6 +157,12 @@ class Policy:
         return device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the base's states."""
+        dtype: torch.dtype = self._lm_head.weight.dtype
+        return dtype
+
+    @property
     def vocabulary(self) -> int:
         """Number of logits."""
         return int(self._lm_head.weight.shape[0])
@@ -204,9 +210,8 @@ class Policy:
         inputs.setdefault("use_cache", False)
         if is_seen_BTT is not None:
             # Added to the scores: on CPU a mask of booleans costs half as much again.
-            dtype = self._lm_head.weight.dtype
-            hidden = torch.zeros(is_seen_BTT.shape, dtype=dtype, device=is_seen_BTT.device)
-            hidden.masked_fill_(~is_seen_BTT, torch.finfo(dtype).min)
+            hidden = torch.zeros(is_seen_BTT.shape, dtype=self.dtype, device=is_seen_BTT.device)
+            hidden.masked_fill_(~is_seen_BTT, torch.finfo(self.dtype).min)
             inputs["attention_mask"] = hidden.unsqueeze(1)
         states: Tensor = self._decoder(input_ids=ids_BT, **inputs).last_hidden_state
         return states

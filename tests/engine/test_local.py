@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from langchain_core.messages import HumanMessage
 
 from marft_graph.engine.base import Completion, GenerationRequest, SamplingSettings
+from marft_graph.engine.cache import bytes_per_token
 from marft_graph.engine.local import LocalEngine, sample
+from marft_graph.engine.prefixes import Prefixes
 from marft_graph.errors import ConfigError, EngineError, ModelError, PromptTooLongError
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.logprobs import FORBIDDEN, token_logprobs
@@ -236,3 +240,137 @@ def test_rounding_never_draws_a_forbidden_token() -> None:
     token, logprob = sample(logits, torch.ones(1), torch.ones(1))  # one is out of the range
     assert token.item() == 1
     assert logprob.exp().item() == pytest.approx(torch.softmax(logits[0], -1)[1].item())
+
+
+def conversation(policy: Policy, agent: str, turns: int) -> tuple[list[tuple[int, ...]], int]:
+    """Completions of a growing conversation's turns, and the prompt tokens that were computed."""
+    engine = LocalEngine(policy)
+    prompt = policy.codec.render([HumanMessage("word " * 30)])
+    completions = []
+    for turn in range(turns):
+        request = GenerationRequest(agent, prompt, SamplingSettings(max_tokens=12), seed=turn)
+        completion = engine.submit(request).result(timeout=60)
+        expected = recomputed(policy, request, completion.ids)
+        assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-4)
+        completions.append(completion.ids)
+        prompt = prompt + completion.ids + policy.codec.render([HumanMessage(f"go on {turn}")])
+    engine.close()
+    return completions, engine.prefilled_tokens
+
+
+def test_earlier_turns_of_a_conversation_are_prefilled_once(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, computed = conversation(policy, "actor", 4)
+    monkeypatch.setattr(Prefixes, "find", lambda self, agent, ids: None)
+    afresh, all_tokens = conversation(policy, "actor", 4)
+    assert kept == afresh
+    assert computed < 0.5 * all_tokens
+
+
+def test_a_group_asking_later_is_not_prefilled_again(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    prompt = policy.codec.render([HumanMessage("word " * 30)])
+    for seed in range(3):
+        requests = [
+            GenerationRequest("actor", prompt, SamplingSettings(max_tokens=4), seed=10 * seed + i)
+            for i in range(4)
+        ]
+        for future in [engine.submit(request) for request in requests]:
+            future.result(timeout=60)
+    engine.close()
+    assert engine.prefilled_tokens == len(prompt) + 2  # later only the last token, once for each
+
+
+def test_published_adapters_never_meet_what_older_ones_computed(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    prompt = policy.codec.render([HumanMessage("word " * 30)])
+    request = GenerationRequest("actor", prompt, SamplingSettings(max_tokens=12), seed=3)
+    engine.submit(request).result(timeout=60)
+    with torch.no_grad():
+        for parameter in policy.adapter_parameters["actor"]:
+            parameter.mul_(1.5)
+    engine.publish(1)
+    completion = engine.submit(request).result(timeout=60)
+    expected = recomputed(policy, request, completion.ids)
+    assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-4)
+    engine.close()
+
+
+def test_prompts_that_begin_alike_are_computed_together(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    engine.use_gate(gate := Held())
+    question = policy.codec.render([HumanMessage("word " * 30)])
+    requests = [
+        GenerationRequest("actor", (*question, 40 + i, 50 + i), SamplingSettings(max_tokens=6), i)
+        for i in range(6)
+    ]
+    futures = [engine.submit(request) for request in requests]
+    gate.open.set()
+    for request, future in zip(requests, futures, strict=True):
+        completion = future.result(timeout=60)
+        expected = recomputed(policy, request, completion.ids)
+        assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-4)
+    engine.close()
+    assert engine.prefilled_tokens == len(question) + 2 * 6
+
+
+def test_calls_wait_while_the_cache_is_full(policy: Policy) -> None:
+    requests = [
+        dataclasses.replace(request, sampling=SamplingSettings(max_tokens=16))
+        for request in mixed_requests(policy, 24)
+    ]
+    longest = max(len(request.prompt_ids) for request in requests) + 16
+    per_token = bytes_per_token(policy.config, torch.float32)
+    # Three quarters of it serve running calls: of the longest ones, four fit.
+    engine = LocalEngine(policy, cache_gib=4.5 * longest * per_token / 0.75 / 2**30)
+    most = 0
+    prefilled = engine._prefill
+
+    def watched(new: list[Any]) -> None:
+        nonlocal most
+        prefilled(new)
+        most = max(most, len(engine._rows))
+        assert engine._cache.rows * engine._cache.capacity <= engine._max_tokens
+
+    engine._prefill = watched  # type: ignore[method-assign]
+    futures = [engine.submit(request) for request in requests]
+    bounded = [future.result(timeout=60).ids for future in futures]
+    engine.close()
+    assert 4 <= most < 24
+    free = LocalEngine(policy)
+    assert [f.result(timeout=60).ids for f in [free.submit(r) for r in requests]] == bounded
+    free.close()
+
+
+def test_a_call_that_can_never_fit_is_refused_with_the_setting(policy: Policy) -> None:
+    engine = LocalEngine(policy, cache_gib=1e-7)
+    (request,) = mixed_requests(policy, 1)
+    with pytest.raises(EngineError, match=r"does not fit into cache_gib=1e-07.*max_new_tokens"):
+        engine.submit(request)
+    engine.close()
+
+
+def test_who_came_first_is_served_first(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)  # the test takes the steps
+    engine = LocalEngine(policy, max_batch_size=1)
+    base = mixed_requests(policy, 1)[0]
+    futures = []
+    for order in (3, 2, 1):  # each would go before the one that came before it
+        futures.append(engine.submit(dataclasses.replace(base, order=(order,))))
+        engine._admit()
+    done: list[int] = []
+    while len(done) < 3:
+        engine._decode() if engine._rows else engine._admit()
+        done += [i for i, f in enumerate(futures) if f.done() and i not in done]
+    assert done == [0, 1, 2]
+
+
+class Held:
+    """A gate that a test opens."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+
+    def wait(self) -> None:
+        self.open.wait(timeout=60)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from marft_graph.episode import Call
-from marft_graph.learn.batches import Row, collate, microbatches
+from marft_graph.learn.batches import collate, microbatches
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.logprobs import token_logprobs
+from marft_graph.policy.rows import Row
 from tests.support import make_agents
 
 CPU = torch.device("cpu")
@@ -32,9 +33,9 @@ def test_every_call_sees_exactly_its_own_tokens(
     found: list[int] = []
     for rows in microbatches(calls, max_tokens, quadratic=quadratic):
         batch = collate(calls, rows, CPU)
-        found += [index for row in rows for index in row.calls]
+        found += [index for row in rows for index in row.members]
         for place, row in enumerate(rows):
-            for index, path in zip(row.calls, row.paths, strict=True):
+            for index, path in zip(row.members, row.paths, strict=True):
                 ids = (calls[index].prompt_ids + calls[index].completion_ids)[:-1]
                 assert tuple(batch.ids_BT[place, path].tolist()) == ids
                 for depth, column in enumerate(path.tolist()):
@@ -52,7 +53,7 @@ def test_a_batch_has_at_most_so_many_tokens_unless_one_call_is_longer(
 ) -> None:
     for rows in microbatches(calls, max_tokens):
         padded = len(rows) * max(row.length for row in rows)
-        assert padded <= max_tokens or (len(rows) == 1 and len(rows[0].calls) == 1)
+        assert padded <= max_tokens or (len(rows) == 1 and len(rows[0].members) == 1)
 
 
 def test_a_group_and_a_conversation_stand_in_one_row() -> None:
@@ -62,7 +63,7 @@ def test_a_group_and_a_conversation_stand_in_one_row() -> None:
     ((row,),) = microbatches([*group, later], 1000)
     # The question once, then each answer but its last token; the next turn adds what is new to it.
     assert row.length == 20 + 4 * 1 + 3
-    assert row.calls == [0, 1, 4, 2, 3]
+    assert row.members == [0, 1, 4, 2, 3]
 
 
 def test_calls_with_nothing_in_common_need_no_mask() -> None:
@@ -70,7 +71,7 @@ def test_calls_with_nothing_in_common_need_no_mask() -> None:
     (rows,) = microbatches(calls, 1000)
     batch = collate(calls, rows, CPU)
     assert batch.is_seen_BTT is None
-    assert [row.calls for row in rows] == [[1], [0]]
+    assert [row.members for row in rows] == [[1], [0]]
 
 
 def test_long_answers_to_a_short_question_do_not_share_where_attention_costs_more() -> None:
@@ -113,7 +114,7 @@ def logprobs_and_gradients(
                     policy.logits,
                     policy.vocabulary,
                 )
-            indices = [index for row in rows for index in row.calls]
+            indices = [index for row in rows for index in row.members]
             own = logprobs.split([len(calls[i].completion_ids) for i in indices])
             weighted = [(first + i) * part.sum() for i, part in zip(indices, own, strict=True)]
             torch.autograd.backward(torch.stack(weighted).sum())
