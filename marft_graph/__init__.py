@@ -25,9 +25,12 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "bind",
+    "compare",
     "compile_graph",
     "emit_reward",
     "run_episodes",
+    "workflow_from_env",
+    "workflow_from_profiles",
 ]
 
 _HOMES = {
@@ -41,15 +44,20 @@ _HOMES = {
     "TrainConfig": "config",
     "Trainer": "trainer",
     "bind": "deploy.bind",
+    "compare": "comparison",
     "compile_graph": "graph.compile",
     "emit_reward": "rollout.emit",
     "run_episodes": "rollout.runner",
+    "workflow_from_env": "environments",
+    "workflow_from_profiles": "environments",
 }
 
 if TYPE_CHECKING:
+    from marft_graph.comparison import compare
     from marft_graph.config import TrainConfig
     from marft_graph.deploy.bind import bind
     from marft_graph.engine.fake import FakeEngine
+    from marft_graph.environments import workflow_from_env, workflow_from_profiles
     from marft_graph.episode import Call, Episode, Reward
     from marft_graph.errors import MarftError
     from marft_graph.evaluation import Evaluation

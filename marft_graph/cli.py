@@ -1,4 +1,4 @@
-"""The command line: `marft-graph train`, `eval`, `inspect` and `export`.
+"""The command line: `marft-graph train`, `trace`, `warm-start`, `eval`, `inspect` and `export`.
 
 Owns words on the terminal and exit codes; the library does the work. The heavy imports (torch and
 what stands on it) happen inside the commands, so that `--help` answers at once.
@@ -34,6 +34,8 @@ from marft_graph.secret import without_secrets
 from marft_graph.visible import visible
 
 if TYPE_CHECKING:
+    from marft_graph.comparison import Comparison, Price
+    from marft_graph.episode import Episode
     from marft_graph.evaluation import Evaluation
     from marft_graph.graph.flex_mg import FlexMG
     from marft_graph.trainer import TrainResult
@@ -171,9 +173,166 @@ def train(
     _print_result(result, workflow, dataset)
 
 
+@main.command()
+@click.argument("target")
+@click.option("--out", type=_FILE, required=True, help="Parquet file to write.")
+@click.option("--data", type=_FILE, help="Examples: .jsonl, .json or .parquet.")
+@click.option("--dataset", help="Data set to run on, where TARGET is a workflow.")
+@click.option("--examples", type=click.IntRange(0), default=0, help="Most examples; 0: all.")
+@click.option(
+    "--repeat", type=click.IntRange(1), default=1, help="Episodes of each example.  [default: 1]"
+)
+@click.option("--node", "nodes", multiple=True, help="Record this node only; repeatable.")
+@click.option(
+    "--concurrency", type=click.IntRange(1), default=16, help="Episodes that run at once."
+)
+@click.option("--timeout", type=float, default=600.0, help="Deadline of an episode, in seconds.")
+@click.option("--force", is_flag=True, help="Replace the file if there is one.")
+def trace(
+    target: str,
+    out: Path,
+    data: Path | None,
+    dataset: str | None,
+    examples: int,
+    repeat: int,
+    nodes: tuple[str, ...],
+    concurrency: int,
+    timeout: float,
+    force: bool,
+) -> None:
+    """Run TARGET with its own models and record every model call, node by node.
+
+    The models are really asked, and cost what they cost. `warm-start` learns from the file. The
+    examples are those of --data, or a workflow's training examples; a workflow's reward is kept.
+    """
+    if out.exists() and not force:
+        raise click.UsageError(f"{out} exists; give another --out, or --force to replace it")
+
+    from itertools import islice
+
+    from marft_graph.data import as_examples, read_rows
+    from marft_graph.rollout.runner import run_episodes
+    from marft_graph.run.trajectories import write_traces
+    from marft_graph.workflow import load_target
+
+    workflow = load_target(target)
+    rows: Any
+    if data is not None:
+        rows = read_rows(data)
+    elif workflow.load_data is not None:
+        chosen = _chosen_dataset(dict(workflow.settings), dataset)
+        rows = _loaded(workflow.load_data, chosen, target)[0]
+    else:
+        raise click.UsageError(f"{target} has no task.py with load_data; give --data FILE")
+    listed = as_examples(rows, "the data", examples or None)
+    episodes = run_episodes(
+        workflow.graph,
+        list(islice(iter(listed), examples or None)),
+        engine=None,
+        reward=workflow.reward,
+        nodes=nodes,
+        inputs=workflow.inputs,
+        group_size=repeat,
+        concurrency=concurrency,
+        episode_timeout=timeout,
+    )
+    click.echo(f"wrote {write_traces(out, episodes, iteration=0, phase='own')}")
+    _print_traced(episodes, is_rewarded=workflow.reward is not None)
+
+
+@main.command("warm-start")
+@click.argument("workflow")
+@click.option(
+    "--from",
+    "sources",
+    type=click.Path(path_type=Path, exists=True),
+    multiple=True,
+    required=True,
+    help="What `trace` wrote, a run folder, a LangSmith export, or rows with `node` and "
+    "`messages`; repeatable.",
+)
+@click.option("--out", type=_FOLDER, required=True, help="New folder for the adapters.")
+@click.option("--min-return", type=float, help="Only episodes with at least this return.")
+@click.option("--best", type=click.IntRange(1), help="At most so many episodes of each example.")
+@click.option("--passes", type=click.IntRange(1), default=3, help="Passes over the answers.")
+@click.option("--batch", type=click.IntRange(1), default=16, help="Answers in an optimizer step.")
+@click.option("--config", "config_file", type=_FILE, help="YAML file with settings.")
+@settings_options
+def warm_start(
+    workflow: str,
+    sources: tuple[Path, ...],
+    out: Path,
+    min_return: float | None,
+    best: int | None,
+    passes: int,
+    batch: int,
+    config_file: Path | None,
+    **options: Any,
+) -> None:
+    """Fine-tune the adapters of WORKFLOW on recorded answers, before training or instead of it.
+
+    `marft-graph train WORKFLOW --start-from OUT` goes on from there.
+    """
+    import tempfile
+
+    target, load_data, reward = _load_task(workflow)
+    settings = merged_settings(target.settings, config_file=config_file, options=options)
+    dataset = _chosen_dataset(settings, None)
+    config = TrainConfig.from_mapping(settings)
+    train_data, _ = _loaded(load_data, dataset, workflow)
+
+    from marft_graph.demonstrations import read_demonstrations
+    from marft_graph.trainer import Trainer
+
+    found = [
+        one
+        for source in sources
+        for one in read_demonstrations(source, min_return=min_return, best=best)
+    ]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Trainer(
+            target.graph,
+            train_dataset=train_data,
+            reward=reward,
+            config=config,
+            run_dir=Path(folder) / "run",
+            inputs=target.inputs,
+        ) as trainer,
+    ):
+        stats = trainer.warm_start(found, epochs=passes, batch_size=batch)
+        trainer.export(out)
+    for agent, own in stats.items():
+        long = f", {own['too_long']:.0f} too long" if own["too_long"] else ""
+        click.echo(
+            f"{agent}: {own['demonstrations']:.0f} answers{long}, "
+            f"loss {own['loss_first']:.3f} -> {own['loss_last']:.3f} per token"
+        )
+    place = shlex.quote(str(out))
+    click.echo(
+        f"adapters: {out}\n\nTrain on from them:\n\n"
+        f"    marft-graph train {shlex.quote(workflow)} --run-dir DIR --start-from {place}"
+    )
+
+
 @main.command("eval")
 @click.argument("workflow")
-@click.option("--adapters", type=_FOLDER, required=True, help="RUN/export, or what `export` wrote.")
+@click.option(
+    "--adapters",
+    multiple=True,
+    metavar="[NAME=]DIR",
+    help="RUN/export, or what `export` wrote; repeatable.",
+)
+@click.option("--base", is_flag=True, help="Measure the untrained base model.")
+@click.option("--own", is_flag=True, help="Measure the app's own models (they are really asked).")
+@click.option("--against", help="Compare with this one.  [default: own, else base, else the first]")
+@click.option(
+    "--price",
+    "prices",
+    multiple=True,
+    metavar="NAME=READ,WRITTEN",
+    help="Price of a million tokens read and written; repeatable.",
+)
 @click.option("--dataset", help="Data set: a name or path that the workflow knows.")
 @click.option("--greedy/--sampled", default=None, help="One of the two only.  [default: both]")
 @click.option(
@@ -181,18 +340,42 @@ def train(
     type=int,
     help="Held-out examples; 0: all.  [default: the workflow's eval_examples]",
 )
+@click.option(
+    "--repeat", type=click.IntRange(1), default=1, help="Episodes of each example.  [default: 1]"
+)
 @click.option("--base-model", help="Hub id or folder, where it is not the one in the export.")
 @click.option("--device", help="Torch device of the base model.  [default: auto]")
+@click.option("--json", "json_file", type=_FILE, help="Write the comparison to this file.")
+@click.option("--html", "html_file", type=_FILE, help="Write it as a page.")
+@click.option("--into", type=_FOLDER, help="Put it into the report of this run folder.")
 def evaluate(
     workflow: str,
-    adapters: Path,
+    adapters: tuple[str, ...],
+    base: bool,
+    own: bool,
+    against: str | None,
+    prices: tuple[str, ...],
     dataset: str | None,
     greedy: bool | None,
     examples: int | None,
+    repeat: int,
     base_model: str | None,
     device: str | None,
+    json_file: Path | None,
+    html_file: Path | None,
+    into: Path | None,
 ) -> None:
-    """Measure trained adapters on the held-out examples of WORKFLOW."""
+    """Measure policies on the held-out examples of WORKFLOW, several of them side by side.
+
+    A policy is an export (--adapters), the untrained base (--base), or the app's own models
+    (--own), each called by its name: base, own, NAME, or the name of the run's folder.
+    """
+    policies = _named_policies(adapters, base=base, own=own)
+    is_compared = len(policies) > 1 or bool(prices or json_file or html_file or into or base or own)
+    if is_compared and greedy is None:
+        greedy = False
+    if into is not None and not (into / "graph.json").is_file():
+        raise click.UsageError(f"--into: {into} is no run folder")
     target, load_data, reward = _load_task(workflow)
     options = {"eval_examples": examples, "device": device}
     settings = merged_settings(target.settings, config_file=None, options=options)
@@ -202,19 +385,40 @@ def evaluate(
     if held_out is None:
         raise DatasetError(f"{workflow} has no held-out examples to evaluate on")
 
-    from marft_graph.evaluation import evaluate_export
+    if is_compared:
+        from marft_graph import comparison
+
+        found = comparison.compare(
+            target.graph,
+            policies,
+            held_out,
+            reward=reward,
+            config=config,
+            inputs=target.inputs,
+            against=against,
+            prices=_prices(prices),
+            episodes_per_example=repeat,
+            greedy=bool(greedy),
+            base_model=base_model,
+        )
+        _write_comparison(found, json_file, html_file, into)
+        return
+
+    from marft_graph.evaluation import export_episodes, summarize
 
     for choice in (False, True) if greedy is None else (greedy,):
-        evaluation = evaluate_export(
+        episodes = export_episodes(
             target.graph,
-            adapters,
+            next(iter(policies.values())),
             held_out,
             reward=reward,
             config=config,
             inputs=target.inputs,
             greedy=choice,
+            group_size=repeat,
             base_model=base_model,
         )
+        evaluation = summarize(episodes, greedy=choice)
         name = "greedy" if choice else "sampled"
         click.echo(f"held-out return, {name}: {_shown(evaluation)}, {evaluation.episodes} examples")
 
@@ -299,12 +503,76 @@ def inspect(
 @main.command()
 @click.argument("run", type=_FOLDER)
 @click.argument("out", type=_FOLDER)
-def export(run: Path, out: Path) -> None:
-    """Write the adapters of RUN's newest checkpoint to the new folder OUT."""
+@click.option("--merged", is_flag=True, help="Also write each base with its adapter merged in.")
+@click.option(
+    "--only-improved",
+    metavar="WORKFLOW",
+    help="Leave out adapters without which the team does not do worse on the workflow's held-out "
+    "examples (the app's own models answer there, and are really asked).",
+)
+@click.option("--push", metavar="OWNER/NAME", help="Upload the folder to the Hugging Face hub.")
+@click.option("--public", is_flag=True, help="--push: a new repository is public.")
+def export(
+    run: Path, out: Path, merged: bool, only_improved: str | None, push: str | None, public: bool
+) -> None:
+    """Write the adapters of RUN's newest checkpoint to the new folder OUT.
+
+    With them go a manifest, a model card for each, the vLLM command and a compose file.
+    """
     from marft_graph.deploy.export import export_run
 
-    folder = export_run(run, out)
+    given: dict[str, Any] = {"merged": merged}
+    if only_improved is not None:
+        given |= _improved(run, only_improved)
+    folder = export_run(run, out, **given)
     click.echo(f"adapters: {folder}\n\n{_usage(folder)}")
+    if push is not None:
+        from marft_graph.deploy.hub import push_to_hub
+
+        click.echo(f"\npushed: {push_to_hub(folder, push, private=not public)}")
+
+
+def _improved(run: Path, workflow: str) -> dict[str, Any]:
+    """The nodes whose adapters improved the team, and the figures that say so."""
+    import dataclasses
+    import tempfile
+
+    from marft_graph.deploy.export import export_run
+    from marft_graph.deploy.manifest import read_manifest
+    from marft_graph.deploy.prune import gain_of_each_adapter
+
+    target, load_data, reward = _load_task(workflow)
+    settings = dict(target.settings)
+    dataset = _chosen_dataset(settings, None)
+    held_out = _loaded(load_data, dataset, workflow)[1]
+    if held_out is None:
+        raise DatasetError(f"{workflow} has no held-out examples to evaluate on")
+    with tempfile.TemporaryDirectory() as place:
+        whole = export_run(run, Path(place) / "all")
+        gains = gain_of_each_adapter(
+            target.graph,
+            whole,
+            held_out,
+            reward=reward,
+            config=TrainConfig.from_mapping(settings),
+            inputs=target.inputs,
+        )
+        nodes = read_manifest(whole).nodes
+    for adapter, gain in gains.items():
+        word = "kept" if gain.verdict == "better" else "left out"
+        click.echo(
+            f"{adapter}: {word}: with it {gain.verdict} ({gain.mean:+.3f}, 95 % interval "
+            f"{gain.low:+.3f} to {gain.high:+.3f}, {gain.pairs} examples)"
+        )
+    kept = {adapter for adapter, gain in gains.items() if gain.verdict == "better"}
+    figures = {
+        adapter: dataclasses.asdict(gain) | {"verdict": gain.verdict}
+        for adapter, gain in gains.items()
+    }
+    return {
+        "nodes": [node for node, adapter in nodes.items() if adapter in kept],
+        "metrics": {"gain_of_each_adapter": figures},
+    }
 
 
 def _as_trained(flex_mg: FlexMG, settings: dict[str, Any]) -> FlexMG:
@@ -355,6 +623,77 @@ def _load_task(name: str) -> tuple[Workflow, Callable[..., Any], Callable[..., A
             "both (to train a graph of your own without one: marft_graph.Trainer)"
         )
     return target, target.load_data, target.reward
+
+
+def _print_traced(episodes: list[Episode], *, is_rewarded: bool) -> None:
+    """How many calls of which node were recorded, what failed, and the mean return."""
+    from collections import Counter
+
+    from marft_graph.evaluation import failure_reasons
+    from marft_graph.names import agent_path
+
+    calls = Counter(agent_path(call.node) for episode in episodes for call in episode.calls)
+    for node, count in calls.most_common():
+        click.echo(f"  {node}: {count} calls")
+    for reason, count in failure_reasons(episodes).items():
+        click.echo(f"  {count} of {len(episodes)} episodes failed: {reason}")
+    returns = [episode.total_reward for episode in episodes if episode.ok]
+    if is_rewarded and returns:
+        click.echo(f"  mean return {sum(returns) / len(returns):.3f}, {len(returns)} episodes")
+
+
+def _named_policies(adapters: tuple[str, ...], *, base: bool, own: bool) -> dict[str, str]:
+    """What `eval` measures, by name, in the order of the table."""
+    policies = {name: name for name, given in (("own", own), ("base", base)) if given}
+    for text in adapters:
+        name, equals, folder = text.partition("=")
+        if not equals:
+            path = Path(text).resolve()
+            name, folder = (path.parent.name if path.name == "export" else path.name), text
+        if name in policies:
+            raise click.UsageError(f"two policies are called {name!r}; give --adapters NAME=DIR")
+        policies[name] = folder
+    if not policies:
+        raise click.UsageError("give --adapters DIR, --base or --own")
+    return policies
+
+
+def _prices(given: tuple[str, ...]) -> dict[str, Price]:
+    """`NAME=READ,WRITTEN` options as prices."""
+    from marft_graph.comparison import Price
+
+    found = {}
+    for text in given:
+        name, _, figures = text.partition("=")
+        try:
+            read, written = (float(figure) for figure in figures.split(","))
+        except ValueError:
+            raise click.UsageError(
+                f"--price {text!r} is not NAME=READ,WRITTEN, as in own=0.15,0.60"
+            ) from None
+        found[name] = Price(read, written)
+    return found
+
+
+def _write_comparison(
+    found: Comparison, json_file: Path | None, html_file: Path | None, into: Path | None
+) -> None:
+    """Print a comparison, and write it where it was asked for."""
+    from marft_graph.run.comparison_page import COMPARISON, write_page
+    from marft_graph.run.comparison_text import table
+    from marft_graph.run.report import write_report
+    from marft_graph.run.trajectories import to_json
+
+    click.echo(table(found.to_dict()))
+    text = to_json(found.to_dict()) + "\n"
+    for path in filter(None, (json_file, into and into / COMPARISON)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        click.echo(f"wrote {path}")
+    if html_file is not None:
+        click.echo(f"wrote {write_page(json.loads(text), html_file)}")
+    if into is not None:
+        click.echo(f"wrote {write_report(into)}")
 
 
 def _chosen_dataset(settings: dict[str, Any], given: str | None) -> str | None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from marft_graph.errors import DatasetError
 
@@ -71,6 +75,30 @@ def as_examples(dataset: Any, name: str, limit: int | None = None) -> Sequence[E
         raise DatasetError(f"{name} is empty; at least one example is needed")
     _refuse_non_mapping(examples[0], name)
     return examples  # type: ignore[no-any-return]
+
+
+def read_rows(path: str | Path) -> list[Any]:
+    """The rows of a .parquet, .jsonl or .json file; the last holds a list, or one under `runs`.
+
+    Raises:
+        DatasetError: there is no such file, or it cannot be read.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DatasetError(f"{file} does not exist")
+    try:
+        if file.suffix == ".parquet":
+            return list(pq.read_table(file, partitioning=None).to_pylist())
+        if file.suffix == ".jsonl":
+            lines = file.read_text(encoding="utf-8").splitlines()
+            return [json.loads(line) for line in lines if line.strip()]
+        if file.suffix == ".json":
+            found = json.loads(file.read_text(encoding="utf-8"))
+            found = found.get("runs", found) if isinstance(found, dict) else found
+            return found if isinstance(found, list) else [found]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DatasetError(f"cannot read {file}: {error}") from error
+    raise DatasetError(f"{file} is neither .parquet nor .jsonl nor .json")
 
 
 class ShuffledExamples:

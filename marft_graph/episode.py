@@ -51,12 +51,21 @@ class Call:
     step: int = 0
     """Superstep of the (innermost) graph in which the call was made."""
     seed: int = 0
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Schemas of the tools that the call offered, in OpenAI form."""
+    usage: tuple[int, int] | None = None
+    """Prompt and completion tokens as an API counted them, where there are no token ids."""
     grammar: str = ""
     """JSON schema that constrained the sampling, as text; empty: nothing did."""
     started: float = 0.0
     """Seconds since the episode started."""
     seconds: float = 0.0
     """Wall-clock time from submission to completion."""
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """How many tokens were read and written."""
+        return self.usage or (len(self.prompt_ids), len(self.completion_ids))
 
     def __post_init__(self) -> None:
         if len(self.logprobs) != len(self.completion_ids):

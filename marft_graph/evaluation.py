@@ -15,7 +15,8 @@ from typing import Any
 
 from marft_graph.config import TrainConfig, fault_rewards_of
 from marft_graph.data import as_examples
-from marft_graph.deploy.export import read_manifest
+from marft_graph.deploy.manifest import read_manifest
+from marft_graph.engine.base import Engine
 from marft_graph.engine.routing import local_engine
 from marft_graph.episode import Episode
 from marft_graph.errors import EpisodesFailedError, ExportError, UnknownNodeError
@@ -89,14 +90,42 @@ def evaluate_export(
         ExportError: the folder is no intact export, or was made from another graph.
         ModelError, DatasetError, EpisodesFailedError, RewardError: as in training.
     """
+    episodes = export_episodes(
+        graph,
+        export_dir,
+        dataset,
+        reward=reward,
+        config=config,
+        inputs=inputs,
+        greedy=greedy,
+        base_model=base_model,
+    )
+    return summarize(episodes, greedy=greedy)
+
+
+def export_episodes(
+    graph: Any,
+    export_dir: str | Path,
+    dataset: Any,
+    *,
+    reward: Rewards,
+    config: TrainConfig,
+    inputs: Callable[[Mapping[str, Any]], Any] | None = None,
+    greedy: bool = False,
+    group_size: int = 1,
+    base_model: str | None = None,
+) -> list[Episode]:
+    """The episodes that `evaluate_export` sums up, `group_size` of each example.
+
+    Raises:
+        As `evaluate_export`.
+    """
     app = as_compiled(graph)
     manifest = read_manifest(export_dir)
     try:
         nodes = resolve_nodes(compile_graph(app), tuple(manifest.nodes), found_before=True)
     except UnknownNodeError as error:
         raise ExportError(f"{export_dir} was exported from another graph: {error}") from error
-    examples = as_examples(dataset, "dataset", config.eval_examples or None)
-    count = min(config.eval_examples or len(examples), len(examples))
     folders = manifest.folders(Path(export_dir), base_model)
     team = Team.from_folders(
         folders,
@@ -104,29 +133,60 @@ def evaluate_export(
         dtype=manifest.dtype,
         special_tokens_in_text=manifest.special_tokens_in_text,
     )
-    engine = local_engine(team, max_batch_size=config.max_batch_size)
+    engine = local_engine(team, max_batch_size=config.max_batch_size, cache_gib=config.cache_gib)
+    settings = config.replace(
+        max_new_tokens=manifest.max_new_tokens, constrain_output=manifest.constrain_output
+    )
     try:
-        episodes = run_episodes(
+        return held_out_episodes(
             app,
-            [examples[i] for i in range(count)],
+            as_examples(dataset, "dataset", config.eval_examples or None),
             engine=engine,
-            reward=reward,
             nodes=nodes,
             adapters=manifest.nodes,
+            reward=reward,
+            config=settings,
             inputs=inputs,
-            seed=EVAL_SEED,
-            group_size=1,
-            concurrency=config.concurrency,
-            episode_timeout=config.episode_timeout,
-            reward_timeout=config.reward_timeout,
-            reward_concurrency=config.reward_concurrency,
-            temperature=config.temperature,
-            max_new_tokens=manifest.max_new_tokens,
-            constrain_output=manifest.constrain_output,
-            fault_rewards=fault_rewards_of(config.fault_rewards),
-            reward_errors=config.reward_errors,
             greedy=greedy,
+            group_size=group_size,
         )
     finally:
         engine.close()
-    return summarize(episodes, greedy=greedy)
+
+
+def held_out_episodes(
+    app: Any,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    engine: Engine | None,
+    nodes: Sequence[str],
+    reward: Rewards,
+    config: TrainConfig,
+    adapters: Mapping[str, str] | None = None,
+    inputs: Callable[[Mapping[str, Any]], Any] | None = None,
+    greedy: bool = False,
+    group_size: int = 1,
+) -> list[Episode]:
+    """Episodes of the first `config.eval_examples` examples, with the seeds of every evaluation."""
+    count = min(config.eval_examples or len(examples), len(examples))
+    return run_episodes(
+        app,
+        [examples[i] for i in range(count)],
+        engine=engine,
+        reward=reward,
+        nodes=nodes,
+        adapters=adapters,
+        inputs=inputs,
+        seed=EVAL_SEED,
+        group_size=group_size,
+        concurrency=config.concurrency,
+        episode_timeout=config.episode_timeout,
+        reward_timeout=config.reward_timeout,
+        reward_concurrency=config.reward_concurrency,
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        constrain_output=config.constrain_output,
+        fault_rewards=fault_rewards_of(config.fault_rewards),
+        reward_errors=config.reward_errors,
+        greedy=greedy,
+    )

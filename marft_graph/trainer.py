@@ -23,7 +23,9 @@ from langgraph.pregel import Pregel
 from marft_graph.agents import Agent, adapters_of, agents_of
 from marft_graph.config import TrainConfig, fault_rewards_of
 from marft_graph.data import as_examples, training_data
-from marft_graph.deploy.export import export_run, read_manifest, write_export
+from marft_graph.demonstrations import Source, read_demonstrations
+from marft_graph.deploy.export import export_run, write_export
+from marft_graph.deploy.manifest import read_manifest
 from marft_graph.engine.local import LocalEngine
 from marft_graph.engine.routing import RoutingEngine, local_engine
 from marft_graph.engine.vllm import VllmEngine, check_engine_settings, vllm_engine
@@ -40,6 +42,7 @@ from marft_graph.evaluation import EVAL_SEED, Evaluation, failure_reasons, summa
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.learn.groups import share_of_equal_groups, without_equal_groups
 from marft_graph.learn.memory import update_within_memory
+from marft_graph.learn.supervised import imitate
 from marft_graph.learn.update import Learner
 from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team
@@ -164,8 +167,8 @@ class Trainer:
         try:
             self._extra_settings = dict(extra_settings or {})
             self.team = Team.load(agents, self.config)
-            rates = {agent.name: agent.learning_rate for agent in agents}
-            self._learner = Learner(self.team, self.config, rates)
+            self._rates = {agent.name: agent.learning_rate for agent in agents}
+            self._learner = Learner(self.team, self.config, self._rates)
             self._health = Health(
                 entropy_floor=self.config.entropy_floor,
                 kl_ceiling=self.config.kl_ceiling,
@@ -227,6 +230,58 @@ class Trainer:
         export = export_run(self.run_dir, target)
         report = write_report(self.run_dir)
         return TrainResult(self.run_dir, report, export, self.iteration, *before, *after)
+
+    def warm_start(
+        self,
+        demonstrations: Source,
+        *,
+        min_return: float | None = None,
+        best: int | None = None,
+        epochs: int = 3,
+        batch_size: int = 16,
+        learning_rate: float | None = None,
+    ) -> dict[str, dict[str, float]]:
+        """Fine-tune each node's adapter on recorded answers, before `train` or instead of it.
+
+        Args:
+            demonstrations: what `marft-graph trace` wrote, an earlier run's folder, episodes, a
+                LangSmith export, or rows with `node` and `messages`; see `read_demonstrations`.
+            min_return: of recorded episodes, only those with at least this return.
+            best: of recorded episodes, at most so many of each example, the best ones.
+            epochs: passes over the demonstrations.
+            batch_size: answers in an optimizer step.
+            learning_rate: AdamW step at the start, which falls to 0; None: each adapter's own.
+
+        Returns:
+            Figures by adapter, as `learn.supervised.imitate` describes them.
+
+        Raises:
+            DatasetError: there is nothing to learn for a trained node.
+            ConfigError: training has begun, or a number is out of range.
+            TrainingCollapsedError: the loss is not finite.
+        """
+        if self.iteration:
+            raise ConfigError(
+                f"warm_start comes before training; this run has done {self.iteration} iterations"
+            )
+        for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if learning_rate is not None and not learning_rate > 0:
+            raise ConfigError(f"learning_rate is {learning_rate}; it must be above 0")
+        stats = imitate(
+            self.team,
+            read_demonstrations(demonstrations, min_return=min_return, best=best),
+            {node: self.flex_mg.adapter(node) for node in self.nodes},
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=self._rates if learning_rate is None else learning_rate,
+            microbatch_tokens=self.config.microbatch_tokens,
+            max_grad_norm=self.config.max_grad_norm,
+            seed=self.config.seed,
+        )
+        self._engine.publish(self.iteration)
+        return stats
 
     def evaluate(self, *, greedy: bool = False, name: str | None = None) -> Evaluation:
         """Run the current policy once on each held-out example.

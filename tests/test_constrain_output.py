@@ -14,7 +14,7 @@ from langchain_core.messages import HumanMessage
 from pydantic import BaseModel
 
 from marft_graph import Episode, TrainConfig, Trainer, bind, run_episodes
-from marft_graph.deploy.export import read_manifest
+from marft_graph.deploy.manifest import read_manifest
 from marft_graph.engine.fake import FakeEngine
 from marft_graph.engine.local import LocalEngine
 from marft_graph.errors import ConfigError

@@ -187,7 +187,7 @@ def test_names_of_nodes_do_not_leave_the_run_folder(
 
 
 def test_paths_in_an_export_do_not_leave_it(make: Callable[..., Trainer], tmp_path: Path) -> None:
-    from marft_graph.deploy.export import _manifest_digest
+    from marft_graph.deploy.manifest import manifest_digest
 
     with make() as trainer:
         folder = trainer.export(tmp_path / "out")
@@ -200,7 +200,7 @@ def test_paths_in_an_export_do_not_leave_it(make: Callable[..., Trainer], tmp_pa
         manifest = json.loads(path.read_text())
         before = path.read_text()
         change(manifest)
-        manifest["manifest_sha256"] = _manifest_digest(manifest)
+        manifest["manifest_sha256"] = manifest_digest(manifest)
         path.write_text(json.dumps(manifest))
         with pytest.raises(ExportError, match="which is not in its folder"):
             bind(duo(), folder)

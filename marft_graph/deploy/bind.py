@@ -1,12 +1,15 @@
 """Adapters back into the app: the same graph, its trained nodes answered by their adapters.
 
-The app's code does not change; nodes without an adapter keep their own model.
+In this process, or on a server (`deploy.server`). The app's code does not change; nodes without an
+adapter keep their own model.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,10 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import ensure_config, merge_configs
 from langgraph.pregel import Pregel
 
-from marft_graph.deploy.export import read_manifest
+from marft_graph.deploy.manifest import read_manifest
 from marft_graph.engine.base import Engine
 from marft_graph.engine.routing import local_engine
-from marft_graph.errors import ExportError
+from marft_graph.errors import ConfigError, ExportError
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
 from marft_graph.names import agent_path
@@ -25,6 +28,9 @@ from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team
 from marft_graph.rollout.answers import message_for, request_for
 from marft_graph.rollout.intercept import InterceptedCall, Pending, Responder, intercepting
+
+ANSWERED_BY = "marft_answered_by"
+"""Key in a run's metadata: `adapters`, or `own models`."""
 
 
 def bind(
@@ -34,8 +40,16 @@ def bind(
     temperature: float = 0.0,
     base_model: str | None = None,
     device: str = "auto",
+    base_url: str | None = None,
+    api_key: str = "none",
+    timeout: float = 60.0,
+    fallback: bool = True,
+    share: float = 1.0,
 ) -> BoundGraph:
-    """The app, its trained nodes answered by the exported adapters in this process.
+    """The app, its trained nodes answered by the exported adapters: in this process or on a server.
+
+    Each run's metadata say who answers it (`marft_answered_by`: `adapters` or `own models`), which
+    LangSmith and other callbacks show.
 
     Args:
         graph: the app that was trained, or a builder of it.
@@ -43,6 +57,14 @@ def bind(
         temperature: used where the app sets none; 0 takes the most likely token.
         base_model: where the base model is now, if not where the manifest says.
         device: torch device of the base model.
+        base_url: of an OpenAI-compatible server that has the adapters under their names, such as
+            `http://localhost:8000/v1`; nothing is then loaded here. Tools, structured output and
+            streaming pass through. Needs the extra `openai`.
+        api_key: of the server.
+        timeout: seconds that the server may take for an answer.
+        fallback: let the app's own model answer a call that the server fails on; it is logged.
+        share: part of the runs that the adapters answer, the others being answered by the app's own
+            models. All runs of one `thread_id` are answered alike.
 
     Returns:
         A Runnable with the graph's input and output: `invoke`, `ainvoke`, `stream`, `batch`, ...
@@ -50,8 +72,11 @@ def bind(
     Raises:
         ExportError: the folder is damaged, or holds adapters for nodes that the graph lacks.
         ModelError: the base model cannot be loaded.
-        ConfigError: training constrained structured output, and the extra `grammar` is missing.
+        ConfigError: a number is out of range, or an extra is missing: `openai` for `base_url`, or
+            `grammar` where training constrained structured output.
     """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"share is {share}; it must be between 0 and 1")
     app = as_compiled(graph)
     folder = Path(export_dir)
     manifest = read_manifest(folder)
@@ -59,6 +84,18 @@ def bind(
         resolve_nodes(compile_graph(app), tuple(manifest.nodes), found_before=True)
     except LookupError as error:
         raise ExportError(f"{folder} was exported from another graph: {error}") from error
+    if base_url is not None:
+        from marft_graph.deploy.server import ServerResponder
+
+        server = ServerResponder(
+            manifest,
+            base_url=base_url,
+            api_key=api_key,
+            timeout=timeout,
+            temperature=temperature,
+            fallback=fallback,
+        )
+        return BoundGraph(app, server, share)
     if manifest.constrain_output:
         require_grammar_library()
     folders = manifest.folders(folder, base_model)
@@ -76,7 +113,7 @@ def bind(
         max_new_tokens=manifest.max_new_tokens,
         constrain_output=manifest.constrain_output,
     )
-    return BoundGraph(app, responder)
+    return BoundGraph(app, responder, share)
 
 
 class _Adapters(Responder):
@@ -119,20 +156,28 @@ class _Adapters(Responder):
 class BoundGraph(Runnable[Any, Any]):
     """A LangGraph app whose trained nodes are answered by their adapters."""
 
-    def __init__(self, graph: Pregel[Any, Any, Any, Any], responder: Responder) -> None:
+    def __init__(
+        self, graph: Pregel[Any, Any, Any, Any], responder: Responder, share: float = 1.0
+    ) -> None:
         self.graph = graph
         """The app itself, unchanged; run directly it uses its own models."""
         self._responder = responder
+        self._share = share
+
+    @property
+    def compiled(self) -> Pregel[Any, Any, Any, Any]:
+        """The bound app as a compiled graph, for LangGraph's servers (`langgraph dev`)."""
+        return bound_copy(self)
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """Run the app once; the final state."""
-        with intercepting(self._responder) as metadata:
-            return self.graph.invoke(input, _with_metadata(config, metadata), **kwargs)
+        with self.answering(config) as given:
+            return self.graph.invoke(input, given, **kwargs)
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """Run the app once; the final state."""
-        with intercepting(self._responder) as metadata:
-            return await self.graph.ainvoke(input, _with_metadata(config, metadata), **kwargs)
+        with self.answering(config) as given:
+            return await self.graph.ainvoke(input, given, **kwargs)
 
     def stream(
         self, input: Any, config: RunnableConfig | None = None, **kwargs: Any
@@ -140,17 +185,62 @@ class BoundGraph(Runnable[Any, Any]):
         """Stream the run, as the app's own `stream` does."""
         # The generator's caller shares our context between two chunks, so the run is known by its
         # config alone.
-        with intercepting(self._responder, context=False) as metadata:
-            yield from self.graph.stream(input, _with_metadata(config, metadata), **kwargs)
+        with self.answering(config, context=False) as given:
+            yield from self.graph.stream(input, given, **kwargs)
 
     async def astream(
         self, input: Any, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[Any]:
         """Stream the run, as the app's own `astream` does."""
-        with intercepting(self._responder, context=False) as metadata:
-            stream = self.graph.astream(input, _with_metadata(config, metadata), **kwargs)
-            async for chunk in stream:
+        with self.answering(config, context=False) as given:
+            async for chunk in self.graph.astream(input, given, **kwargs):
                 yield chunk
+
+    @contextmanager
+    def answering(
+        self, config: RunnableConfig | None, *, context: bool = True
+    ) -> Iterator[RunnableConfig]:
+        """Let the adapters answer the run that gets the yielded config, if it is to be theirs."""
+        if not self._is_for_adapters(config):
+            yield _with_metadata(config, {ANSWERED_BY: "own models"})
+            return
+        with intercepting(self._responder, context=context) as metadata:
+            yield _with_metadata(config, metadata | {ANSWERED_BY: "adapters"})
+
+    def _is_for_adapters(self, config: RunnableConfig | None) -> bool:
+        """Whether a run is among the share; a conversation is one way or the other throughout."""
+        if self._share in (0.0, 1.0):
+            return self._share == 1.0
+        thread = (ensure_config(config).get("configurable") or {}).get("thread_id")
+        if thread is None:
+            return random.random() < self._share
+        digest = hashlib.sha256(str(thread).encode()).digest()
+        return int.from_bytes(digest[:8]) < self._share * 2**64
+
+
+def bound_copy(bound: BoundGraph) -> Pregel[Any, Any, Any, Any]:
+    """A copy of the app whose runs are answered as those of `bound` are.
+
+    Everything that runs a compiled graph goes through its `stream` or `astream`, so a class of its
+    own that replaces these two is enough, and stays in use when a server copies the graph.
+    """
+    kind = type(bound.graph)
+
+    class Bound(kind):  # type: ignore[misc, valid-type]
+        def stream(self, input: Any, config: Any = None, **kwargs: Any) -> Iterator[Any]:
+            with bound.answering(config, context=False) as given:
+                yield from super().stream(input, given, **kwargs)
+
+        async def astream(
+            self, input: Any, config: Any = None, **kwargs: Any
+        ) -> AsyncIterator[Any]:
+            with bound.answering(config, context=False) as given:
+                async for chunk in super().astream(input, given, **kwargs):
+                    yield chunk
+
+    copied = bound.graph.copy()
+    copied.__class__ = Bound
+    return copied
 
 
 def _with_metadata(config: RunnableConfig | None, metadata: dict[str, str]) -> RunnableConfig:

@@ -113,7 +113,7 @@ class Policy:
                 torch.manual_seed(seed * 1_000_003 + agent.index)  # adapters differ, runs do not
                 try:
                     if model is None:
-                        model = _quietly(
+                        model = quietly(
                             get_peft_model, base, lora, adapter_name=_PREFIX + agent.name
                         )
                     else:
@@ -152,7 +152,7 @@ class Policy:
                 raise ModelError(f"the adapter of {agent!r} in {folder} has no {_WEIGHTS}")
             try:
                 if model is None:
-                    model = _quietly(
+                    model = quietly(
                         PeftModel.from_pretrained, base, folder, adapter_name=_PREFIX + agent
                     )
                 else:
@@ -427,7 +427,7 @@ def _parameters_of(model: PeftModel, agent: str) -> list[nn.Parameter]:
     ]
 
 
-def _quietly(function: Callable[..., PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
+def quietly(function: Callable[..., PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
     """Call PEFT without the deprecation that transformers reports about PEFT's own call."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")

@@ -142,6 +142,48 @@ class TokenizerCodec:
             done = end
         return (*ids, *self._encode(text[done:]))
 
+    def render_answer(
+        self,
+        messages: Sequence[BaseMessage],
+        tools: Sequence[dict[str, Any]],
+        end_ids: frozenset[int],
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Prompt and completion ids of a conversation whose last message a model is to write.
+
+        The completion is what the template writes after the prompt of a rollout, up to the first
+        of the ids that end a completion, which is added where the template writes none.
+
+        Raises:
+            ModelError: the template refuses the conversation.
+            ValueError: it writes the answer's tool calls in another place than after the prompt.
+        """
+        *before, answer = messages
+        prompt_ids = self.render(before, tools)
+        schemas = self._shielded(list(tools))
+        turns = [self._turn(message, tools, as_written=True) for message in messages]
+        prompt = self._apply(turns[:-1], schemas)
+        text = self._apply(turns, schemas, add_generation_prompt=False)
+        # Some templates move the system message or the tools when a turn follows: then only the end
+        # of the prompt, from its last special token, tells where the answer begins.
+        marks = list(self._special_pattern.finditer(prompt))
+        opening = prompt[marks[-1].start() :] if marks else prompt
+        if text.startswith(prompt):
+            ids = self._encode(text[len(prompt) :])
+        elif opening in text:
+            ids = self._encode(text[text.rindex(opening) + len(opening) :])
+        elif isinstance(answer, AIMessage) and answer.tool_calls:
+            raise ValueError(
+                f"the chat template of {self._tokenizer.name_or_path} does not write an answer "
+                "with tool calls right after its generation prompt"
+            )
+        else:  # templates that open a reasoning block write past turns without it
+            ids = self._encode(str(turns[-1]["content"]))
+        for position, token in enumerate(ids):
+            if token in end_ids:
+                return prompt_ids, tuple(ids[: position + 1])
+        end = self._tokenizer.eos_token_id
+        return prompt_ids, (*ids, end if end in end_ids else min(end_ids))
+
     def parse(
         self,
         completion_ids: Sequence[int],

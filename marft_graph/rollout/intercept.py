@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import dataclasses
 import json
 import threading
 import uuid
@@ -20,7 +21,12 @@ from typing import Any, Protocol
 
 from langchain_core.language_models import _compat_bridge
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    message_chunk_to_message,
+)
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables.config import RunnableConfig, ensure_config, var_child_runnable_config
@@ -66,6 +72,8 @@ class InterceptedCall:
     stop: tuple[str, ...] = ()
     max_tokens: int | None = None
     temperature: float | None = None
+    model_name: str = ""
+    """What the app calls its own model."""
 
     @property
     def task_id(self) -> str:
@@ -82,14 +90,33 @@ class Pending:
     finish: Callable[[Any], AIMessage]
 
 
+@dataclass(frozen=True, slots=True)
+class Delegate:
+    """A chat model that makes the call by LangChain's own means, streaming included."""
+
+    model: BaseChatModel | None = None
+    """None: the app's own model, asked exactly as the app asks it."""
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What another model is asked with: tools, limits and the like in its own terms."""
+    answered: Callable[[AIMessage], None] | None = None
+    """Told the whole answer."""
+    replaces: Callable[[Exception], bool] | None = None
+    """Whether the app's own model is to answer after the other one raised this."""
+
+
 class Responder(Protocol):
     """Who answers the calls of a run. Inherit from it to get the defaults."""
+
+    @property
+    def delegates(self) -> bool:
+        """Whether `respond` names a chat model, whose answers may be streamed as they come."""
+        return False
 
     def agent_for(self, node: str) -> str | None:
         """Adapter that answers for a node path; None: the node keeps its own model."""
         ...
 
-    def respond(self, call: InterceptedCall) -> Pending:
+    def respond(self, call: InterceptedCall) -> Pending | Delegate:
         """Begin to answer a call; called in whatever thread the app calls from."""
         ...
 
@@ -113,6 +140,10 @@ class _Run:
 
 
 _current: contextvars.ContextVar[_Run | None] = contextvars.ContextVar("marft_run", default=None)
+# Set while a delegate's model runs: what it calls on its way is no call of the app's.
+_is_delegated: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "marft_delegate", default=False
+)
 _runs: dict[str, _Run] = {}
 _originals: dict[str, Any] = {}
 _lock = threading.Lock()
@@ -171,7 +202,7 @@ def _restore() -> None:
 
 def _route(metadata: Mapping[str, Any] | None) -> tuple[_Run, Mapping[str, Any], str] | None:
     """The run, metadata and adapter of a call; None where its own model shall answer."""
-    found = _find(metadata)
+    found = None if _is_delegated.get() else _find(metadata)
     if found is None:
         return None
     run, known = found
@@ -214,7 +245,7 @@ def _begin(
     stop: Sequence[str] | None,
     metadata: Mapping[str, Any] | None,
     kwargs: Mapping[str, Any],
-) -> tuple[_Run, Pending] | None:
+) -> tuple[_Run, Pending | Delegate] | None:
     routed = _route(metadata)
     if routed is None:
         return None
@@ -259,6 +290,7 @@ def _read_call(
         stop=(stops,) if isinstance(stops, str) else tuple(stops),
         max_tokens=limit or own.get("ls_max_tokens"),
         temperature=None if temperature is None else float(temperature),
+        model_name=str(own.get("ls_model_name") or type(model).__name__),
     )
 
 
@@ -290,6 +322,130 @@ async def _await(run: _Run, pending: Pending) -> AIMessage:
     return pending.finish(outcome)
 
 
+# Calls that another chat model, or the app's own, makes
+
+
+def _asked(
+    delegate: Delegate, own: BaseChatModel, stop: Any, kwargs: Mapping[str, Any]
+) -> Iterator[tuple[BaseChatModel, dict[str, Any]]]:
+    """Who is asked and how: the delegate's model, and after it the app's own where it may be."""
+    if delegate.model is None:
+        yield own, {"stop": stop, **kwargs}
+        return
+    yield delegate.model, dict(delegate.kwargs)
+    if delegate.replaces is not None:
+        yield own, {"stop": stop, **kwargs}
+
+
+def _may_go_on(delegate: Delegate, model: BaseChatModel, error: Exception) -> bool:
+    return model is delegate.model and delegate.replaces is not None and delegate.replaces(error)
+
+
+def _delegated(
+    delegate: Delegate,
+    own: BaseChatModel,
+    messages: list[BaseMessage],
+    stop: list[str] | None,
+    run_manager: Any,
+    kwargs: Mapping[str, Any],
+) -> ChatResult:
+    token = _is_delegated.set(True)
+    try:
+        for model, asked in _asked(delegate, own, stop, kwargs):
+            try:
+                result: ChatResult = _originals["_generate_with_cache"](
+                    model, messages, run_manager=run_manager, **asked
+                )
+            except Exception as error:
+                if not _may_go_on(delegate, model, error):
+                    raise
+                continue
+            _tell(delegate, result.generations[0].message)
+            return result
+    finally:
+        _is_delegated.reset(token)
+    raise RuntimeError("no chat model was asked")
+
+
+async def _adelegated(
+    delegate: Delegate,
+    own: BaseChatModel,
+    messages: list[BaseMessage],
+    stop: list[str] | None,
+    run_manager: Any,
+    kwargs: Mapping[str, Any],
+) -> ChatResult:
+    token = _is_delegated.set(True)
+    try:
+        for model, asked in _asked(delegate, own, stop, kwargs):
+            try:
+                result: ChatResult = await _originals["_agenerate_with_cache"](
+                    model, messages, run_manager=run_manager, **asked
+                )
+            except Exception as error:
+                if not _may_go_on(delegate, model, error):
+                    raise
+                continue
+            _tell(delegate, result.generations[0].message)
+            return result
+    finally:
+        _is_delegated.reset(token)
+    raise RuntimeError("no chat model was asked")
+
+
+def _tell(delegate: Delegate, message: BaseMessage) -> None:
+    if delegate.answered is not None and isinstance(message, AIMessage):
+        whole = message_chunk_to_message(message)
+        assert isinstance(whole, AIMessage)
+        delegate.answered(whole)
+
+
+def _delegated_stream(
+    delegate: Delegate,
+    own: BaseChatModel,
+    input: Any,
+    config: RunnableConfig | None,
+    stop: list[str] | None,
+    kwargs: Mapping[str, Any],
+) -> Iterator[AIMessageChunk]:
+    for model, asked in _asked(delegate, own, stop, kwargs):
+        whole: AIMessageChunk | None = None
+        try:
+            for chunk in _originals["stream"](model, input, config, **asked):
+                whole = chunk if whole is None else whole + chunk
+                yield chunk
+        except Exception as error:
+            if whole is not None or not _may_go_on(delegate, model, error):
+                raise  # what the app has been given cannot be taken back
+            continue
+        if whole is not None:
+            _tell(delegate, whole)
+        return
+
+
+async def _adelegated_stream(
+    delegate: Delegate,
+    own: BaseChatModel,
+    input: Any,
+    config: RunnableConfig | None,
+    stop: list[str] | None,
+    kwargs: Mapping[str, Any],
+) -> AsyncIterator[AIMessageChunk]:
+    for model, asked in _asked(delegate, own, stop, kwargs):
+        whole: AIMessageChunk | None = None
+        try:
+            async for chunk in _originals["astream"](model, input, config, **asked):
+                whole = chunk if whole is None else whole + chunk
+                yield chunk
+        except Exception as error:
+            if whole is not None or not _may_go_on(delegate, model, error):
+                raise
+            continue
+        if whole is not None:
+            _tell(delegate, whole)
+        return
+
+
 # What stands in for BaseChatModel's methods
 
 
@@ -306,7 +462,10 @@ def _generate(
             self, messages, stop=stop, run_manager=run_manager, **kwargs
         )
         return result
-    return _result(self, _wait(*begun))
+    run, answer = begun
+    if isinstance(answer, Delegate):
+        return _delegated(answer, self, messages, stop, run_manager, kwargs)
+    return _result(self, _wait(run, answer))
 
 
 async def _agenerate(
@@ -322,7 +481,10 @@ async def _agenerate(
             self, messages, stop=stop, run_manager=run_manager, **kwargs
         )
         return result
-    return _result(self, await _await(*begun))
+    run, answer = begun
+    if isinstance(answer, Delegate):
+        return await _adelegated(answer, self, messages, stop, run_manager, kwargs)
+    return _result(self, await _await(run, answer))
 
 
 def _result(model: BaseChatModel, message: AIMessage) -> ChatResult:
@@ -340,10 +502,20 @@ def _stream(
     stop: list[str] | None = None,
     **kwargs: Any,
 ) -> Iterator[AIMessageChunk]:
-    if _route(ensure_config(config).get("metadata")) is None:
+    metadata = ensure_config(config).get("metadata")
+    routed = _route(metadata)
+    if routed is None or (
+        routed[0].responder.delegates
+        and not self._should_stream(async_api=False, **{**kwargs, "stream": True})
+    ):  # a model that cannot stream is invoked, and found again there
         yield from _originals["stream"](self, input, config, stop=stop, **kwargs)
-    else:
+        return
+    if not routed[0].responder.delegates:
         yield _chunk(self.invoke(input, config, stop=stop, **kwargs))
+        return
+    begun = _begin(self, self._convert_input(input).to_messages(), stop, metadata, kwargs)
+    if begun is not None and isinstance(begun[1], Delegate):
+        yield from _delegated_stream(begun[1], self, input, config, stop, kwargs)
 
 
 async def _astream(
@@ -354,11 +526,23 @@ async def _astream(
     stop: list[str] | None = None,
     **kwargs: Any,
 ) -> AsyncIterator[AIMessageChunk]:
-    if _route(ensure_config(config).get("metadata")) is None:
+    metadata = ensure_config(config).get("metadata")
+    routed = _route(metadata)
+    if routed is None or (
+        routed[0].responder.delegates
+        and not self._should_stream(async_api=True, **{**kwargs, "stream": True})
+    ):
         async for chunk in _originals["astream"](self, input, config, stop=stop, **kwargs):
             yield chunk
-    else:
+        return
+    if not routed[0].responder.delegates:
         yield _chunk(await self.ainvoke(input, config, stop=stop, **kwargs))
+        return
+    begun = _begin(self, self._convert_input(input).to_messages(), stop, metadata, kwargs)
+    if begun is not None and isinstance(begun[1], Delegate):
+        stream = _adelegated_stream(begun[1], self, input, config, stop, kwargs)
+        async for chunk in stream:
+            yield chunk
 
 
 def _chunk(message: AIMessage) -> AIMessageChunk:
@@ -397,8 +581,14 @@ def _iter_events(
             self, messages, run_manager=run_manager, stream=stream, stop=stop, **kwargs
         )
         return
-    answer = _wait(*begun)
-    for event in _compat_bridge.message_to_events(answer, message_id=stream.message_id):
+    run, answer = begun
+    if isinstance(answer, Delegate):
+        # The callbacks of the run get the events below, so the model is asked without them.
+        result = _delegated(answer, self, messages, stop, None, kwargs)
+        message = result.generations[0].message
+    else:
+        message = _wait(run, answer)
+    for event in _compat_bridge.message_to_events(message, message_id=stream.message_id):
         stream.dispatch(event)
         run_manager.on_stream_event(event)
         yield event
@@ -420,8 +610,13 @@ async def _aiter_events(
         ):
             yield event
         return
-    answer = await _await(*begun)
-    for event in _compat_bridge.message_to_events(answer, message_id=stream.message_id):
+    run, answer = begun
+    if isinstance(answer, Delegate):
+        result = await _adelegated(answer, self, messages, stop, None, kwargs)
+        message = result.generations[0].message
+    else:
+        message = await _await(run, answer)
+    for event in _compat_bridge.message_to_events(message, message_id=stream.message_id):
         stream.dispatch(event)
         await run_manager.on_stream_event(event)
         yield event

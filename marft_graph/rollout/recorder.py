@@ -20,14 +20,19 @@ from typing import Any
 from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 
-from marft_graph.engine.base import Completion, Engine, GenerationRequest
+from marft_graph.engine.base import (
+    Completion,
+    Engine,
+    GenerationRequest,
+    SamplingSettings,
+)
 from marft_graph.errors import EngineError, EpisodeTimeoutError, MarftError, RewardError
 from marft_graph.names import node_path
 from marft_graph.rollout.answers import message_for, request_for
 from marft_graph.rollout.emit import Emitted
-from marft_graph.rollout.intercept import InterceptedCall, Pending, Responder
+from marft_graph.rollout.intercept import Delegate, InterceptedCall, Pending, Responder
 from marft_graph.rollout.quiescence import Quiescence
 from marft_graph.rollout.rewards import finite_number
 
@@ -150,13 +155,14 @@ class EpisodeRecorder(Responder):
     """Answers the trained nodes' calls of one episode from an engine and keeps them.
 
     Args:
+        engine: None: the app's own models answer, and their calls are kept without token ids.
         agent_of: node path to adapter name; None: the node keeps its own model.
         order: where the episode stands among all (example, group), for the engine's batches.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | None,
         agent_of: Callable[[str], str | None],
         watch: TaskWatch,
         quiescence: Quiescence,
@@ -202,8 +208,15 @@ class EpisodeRecorder(Responder):
         """Tells the gate that this thread waits."""
         return self._quiescence.blocked_on(future)
 
-    def respond(self, call: InterceptedCall) -> Pending:
-        """Submit a call to the engine."""
+    @property
+    def delegates(self) -> bool:
+        """Whether the app's own models answer."""
+        return self._engine is None
+
+    def respond(self, call: InterceptedCall) -> Pending | Delegate:
+        """Submit a call to the engine, or watch the app's own model answer it."""
+        if self._engine is None:
+            return self._watched(call)
         codec = self._engine.codec(call.agent)
         prompt_ids = codec.render(call.messages, call.tools)
         lineage = self._watch.lineage(call.namespace)
@@ -263,6 +276,42 @@ class EpisodeRecorder(Responder):
 
         return Pending(future, finish)
 
+    def _watched(self, call: InterceptedCall) -> Delegate:
+        """Keep what the app's own model answers; attempts that raise are no calls."""
+        lineage = self._watch.lineage(call.namespace)
+        attempts = self._watch.attempts(call.namespace)
+        with self._lock:
+            begun = next(self._clock)
+        started = time.monotonic()
+
+        def answered(message: AIMessage) -> None:
+            reason = message.response_metadata.get("finish_reason")
+            reason = reason or message.response_metadata.get("stop_reason")
+            completion = Completion(
+                (), (), "length" if reason in ("length", "max_tokens") else "stop", 0
+            )
+            sampling = SamplingSettings(
+                temperature=1.0 if call.temperature is None else call.temperature
+            )
+            seed = stable_seed(call.node, lineage, [m.text for m in call.messages])
+            with self._lock:
+                self.calls.append(
+                    RecordedCall(
+                        call=call,
+                        request=GenerationRequest(call.agent, (), sampling, seed=seed),
+                        completion=completion,
+                        message=message,
+                        lineage=lineage,
+                        attempts=attempts,
+                        begun=begun,
+                        ended=next(self._clock),
+                        started=started - self._started,
+                        seconds=time.monotonic() - started,
+                    )
+                )
+
+        return Delegate(answered=answered)
+
     def credit(self, namespace: str, amount: float) -> None:
         """Keep a reward that a task emits.
 
@@ -308,6 +357,9 @@ def readable(message: BaseMessage) -> dict[str, Any]:
     entry: dict[str, Any] = {"role": roles.get(message.type, message.type), "content": message.text}
     if isinstance(message, AIMessage) and message.tool_calls:
         entry["tool_calls"] = [
-            {"name": call["name"], "args": call["args"]} for call in message.tool_calls
+            {"name": call["name"], "args": call["args"], "id": call["id"]}
+            for call in message.tool_calls
         ]
+    if isinstance(message, ToolMessage):
+        entry["tool_call_id"] = message.tool_call_id
     return entry

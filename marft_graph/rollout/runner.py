@@ -57,7 +57,7 @@ def run_episodes(
     graph: Any,
     examples: Iterable[Mapping[str, Any]],
     *,
-    engine: Engine,
+    engine: Engine | None,
     reward: Rewards | None = None,
     nodes: Sequence[str] | None = None,
     adapters: Mapping[str, str] | None = None,
@@ -81,7 +81,8 @@ def run_episodes(
     Args:
         graph: a compiled LangGraph app, which is not changed, or a StateGraph builder.
         examples: dicts; those keys that the graph's input has are handed to it.
-        engine: answers the trained nodes' calls.
+        engine: answers the trained nodes' calls; None: the app's own models answer, and are only
+            recorded (their calls have messages, tools and token counts, but no token ids).
         reward: `reward(example, state) -> float | dict[node, float] | Reward`, sync or async;
             several, as a list or as a dict of functions to weights, are combined; none: only what
             nodes emit counts.
@@ -217,7 +218,7 @@ class _Rollout:
     """What all episodes of one `run_episodes` share."""
 
     graph: Pregel[Any, Any, Any, Any]
-    engine: Engine
+    engine: Engine | None
     reward: RewardFunction | None
     trained: frozenset[str]
     adapters: Mapping[str, str]
@@ -451,6 +452,8 @@ def _call(recorded: RecordedCall, index: int, parents: tuple[int, ...]) -> Call:
         task_id=call.task_id,
         step=call.step,
         seed=request.seed,
+        tools=call.tools,
+        usage=_usage(recorded),
         grammar=request.grammar if completion.is_constrained else "",
         started=recorded.started,
         seconds=recorded.seconds,
@@ -467,6 +470,14 @@ def reward_failure(error: RewardError) -> str:
     inner = cause.__cause__ if isinstance(cause, RewardError) else cause
     named = "" if inner is None else f": {type(inner).__name__}"
     return f"failed: RewardError{named}"
+
+
+def _usage(recorded: RecordedCall) -> tuple[int, int] | None:
+    """Token counts as the app's own model reports them; None where token ids tell."""
+    counted = recorded.message.usage_metadata
+    if recorded.completion.ids or counted is None:
+        return None
+    return counted["input_tokens"], counted["output_tokens"]
 
 
 def with_reward(episode: Episode, reward: Reward) -> Episode:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import html
 import json
-import random
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,35 +16,15 @@ from marft_graph.episode import Episode
 from marft_graph.errors import CheckpointError
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.graph.page import graph_view
+from marft_graph.run.comparison_page import STYLE, comparison_section, last_words, readable_text
 from marft_graph.run.curves import Curve, line_chart
 from marft_graph.run.folder import write_text_atomically
 from marft_graph.run.overlay import last_episode, overlays
+from marft_graph.run.paired import paired_difference
 from marft_graph.run.timeline import to_timeline
 from marft_graph.run.tracking import read_evaluations, read_metrics
 from marft_graph.run.trajectories import read_traces
-from marft_graph.visible import visible
 
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1f2937;--soft:#6b7280;--line:#e5e7eb;--card:#f9fafb;
---good:#15803d}
-@media (prefers-color-scheme:dark){:root{--ink:#f3f4f6;--soft:#9ca3af;--line:#374151;
---card:#1f2937;--good:#4ade80}
-body{background:#111827}}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);max-width:68rem;margin:0 auto;padding:1rem}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}
-.big{font-size:1.3rem}.soft{color:var(--soft)}.good{color:var(--good)}
-table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top;
-overflow-wrap:anywhere}
-.wide{overflow-x:auto}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr));gap:1rem}
-.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .9rem;
-min-width:0;overflow-wrap:anywhere}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0 .6rem;font-size:.85rem;
-max-height:16rem;overflow-y:auto}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1rem}
-figure{margin:0}svg{max-width:100%;height:auto}.view .canvas{height:26rem}
-"""
-_SHOWN_TEXT = 4000
 _SAMPLES = 4
 
 
@@ -76,6 +54,7 @@ def write_report(run_dir: Path) -> Path:
         timeline_section(run_dir),
         _curves(rows, evaluations),
         _spending(rows),
+        comparison_section(run_dir),
         _collapses(rows),
         _failures(rows),
         _samples(before, after),
@@ -85,7 +64,7 @@ def write_report(run_dir: Path) -> Path:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<link rel="icon" href="data:,">'
         f"<title>{html.escape(run_dir.resolve().name)}: marft-graph report</title>"
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     path = run_dir / "report.html"
     try:
@@ -130,34 +109,12 @@ def _headline(
     lines.append(f'</p><p class="soft">{last["iteration"]} iterations')
     differences = _paired(before, after)
     if differences:
-        low, high = bootstrap_interval(differences)
+        found = paired_difference(differences)
         lines.append(
-            f", {len(differences)} held-out examples; difference "
-            f"{statistics.fmean(differences):+.3f}, 95 % interval {low:+.3f} to {high:+.3f}: "
-            f"<b>{verdict(low, high)}</b>"
+            f", {found.pairs} held-out examples; difference {found.mean:+.3f}, "
+            f"95 % interval {found.low:+.3f} to {found.high:+.3f}: <b>{found.verdict}</b>"
         )
     return "".join(lines) + ".</p>"
-
-
-def bootstrap_interval(
-    differences: Sequence[float], resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of paired differences.
-
-    >>> bootstrap_interval([1.0, 1.0, 1.0])
-    (1.0, 1.0)
-    """
-    rng = random.Random(seed)
-    count = len(differences)
-    means = sorted(statistics.fmean(rng.choices(differences, k=count)) for _ in range(resamples))
-    return means[int(0.025 * resamples)], means[int(0.975 * resamples) - 1]
-
-
-def verdict(low: float, high: float) -> str:
-    """An interval of a difference in a word."""
-    if low > 0:
-        return "better"
-    return "worse" if high < 0 else "no certain difference"
 
 
 def _paired(before: Sequence[Episode], after: Sequence[Episode]) -> list[float]:
@@ -243,7 +200,8 @@ def _collapses(rows: Sequence[Mapping[str, Any]]) -> str:
     if not found:
         return ""
     lines = "".join(
-        f"<tr><td>{row['iteration']}</td><td>{_text(row['collapsed'])}</td></tr>" for row in found
+        f"<tr><td>{row['iteration']}</td><td>{readable_text(row['collapsed'])}</td></tr>"
+        for row in found
     )
     return (
         "<h2>Collapses</h2><p>After each, the last good checkpoint was put back with lower "
@@ -259,7 +217,7 @@ def _failures(rows: Sequence[Mapping[str, Any]]) -> str:
     if not reasons:
         return "<h2>Failures</h2><p>No training episode failed.</p>"
     lines = "".join(
-        f"<tr><td>{_text(reason)}</td><td>{count}</td></tr>"
+        f"<tr><td>{readable_text(reason)}</td><td>{count}</td></tr>"
         for reason, count in reasons.most_common()
     )
     return (
@@ -285,29 +243,16 @@ def _samples(before: Sequence[Episode], after: Sequence[Episode]) -> str:
 
 def _episode(episode: Episode, when: str) -> str:
     calls = "".join(
-        f"<div><b>{_text(call.node)}</b><pre>{_text(_last_words(call.messages))}</pre></div>"
+        f"<div><b>{readable_text(call.node)}</b>"
+        f"<pre>{readable_text(last_words(call.messages))}</pre></div>"
         for call in episode.calls
     )
-    outcome = f"return {episode.total_reward:.2f}" if episode.ok else _text(episode.status)
-    example = _text(json.dumps(dict(episode.example), ensure_ascii=False))
+    outcome = f"return {episode.total_reward:.2f}" if episode.ok else readable_text(episode.status)
+    example = readable_text(json.dumps(dict(episode.example), ensure_ascii=False))
     return (
         f'<div class="card"><span class="soft">{when}, {outcome}</span>'
         f"<pre>{example}</pre>{calls}</div>"
     )
-
-
-def _last_words(messages: Sequence[Mapping[str, Any]]) -> str:
-    if not messages:
-        return ""
-    answer = messages[-1]
-    tools = "".join(f"\n{call}" for call in answer.get("tool_calls", ()))
-    return f"{answer.get('content', '')}{tools}"
-
-
-def _text(text: str) -> str:
-    """Text as HTML: escaped, control characters made visible, very long text cut."""
-    cut = text if len(text) <= _SHOWN_TEXT else f"{text[:_SHOWN_TEXT]} … ({len(text)} characters)"
-    return html.escape(visible(cut))
 
 
 def _traces(path: Path) -> list[Episode]:

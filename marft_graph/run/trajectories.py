@@ -20,7 +20,8 @@ from marft_graph.episode import Call, Episode
 from marft_graph.errors import CheckpointError
 from marft_graph.secret import hiding
 
-Phase = Literal["train", "eval"]
+Phase = Literal["train", "eval", "own"]
+"""Whether episodes were trained on, evaluated, or answered by the app's own models."""
 
 _IDS = pa.list_(pa.int64())
 _SCHEMA = pa.schema(
@@ -55,11 +56,13 @@ _SCHEMA = pa.schema(
         ("step", pa.int64()),
         ("seed", pa.uint64()),
         ("grammar", pa.string()),
+        ("tools", pa.string()),  # JSON
+        ("usage", _IDS),
         ("started", pa.float64()),
         ("seconds", pa.float64()),
     ]
 )
-_LATER = ("reward_parts", "grammar")  # 0.1.0 had none
+_LATER = ("reward_parts", "grammar", "tools", "usage")  # 0.1.0 had none
 _NEEDED = tuple(name for name in _SCHEMA.names if name not in _LATER)
 _CALL_FIELDS = tuple(_SCHEMA.names[_SCHEMA.names.index("agent") :])
 
@@ -162,7 +165,8 @@ def _rows(episode: Episode, number: int, iteration: int, phase: Phase) -> list[d
 def _call_row(call: Call) -> dict[str, Any]:
     row = {name: getattr(call, name) for name in _CALL_FIELDS}
     texts = {name: _utf8(row[name]) for name in ("agent", "node", "task_id")}
-    return row | texts | {"messages": to_json(call.messages)}
+    json_texts = {"messages": to_json(call.messages), "tools": to_json(call.tools)}
+    return row | texts | json_texts
 
 
 def _episode(rows: Sequence[Mapping[str, Any]]) -> Episode:
@@ -186,7 +190,13 @@ def _call(row: Mapping[str, Any]) -> Call:
     for name in ("parents", "prompt_ids", "completion_ids", "logprobs"):
         fields[name] = tuple(fields[name])
     fields["messages"] = tuple(json.loads(row["messages"]))
-    return Call(**fields, grammar=row.get("grammar") or "")
+    usage = row.get("usage")
+    return Call(
+        **fields,
+        grammar=row.get("grammar") or "",
+        tools=tuple(json.loads(row.get("tools") or "[]")),
+        usage=(usage[0], usage[1]) if usage else None,
+    )
 
 
 def _plain(value: Any) -> Any:

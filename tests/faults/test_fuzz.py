@@ -24,7 +24,7 @@ from torch import zeros
 from transformers import AutoTokenizer
 
 from marft_graph.config import NodeSettings, TrainConfig, read_yaml
-from marft_graph.deploy.export import Manifest, read_manifest
+from marft_graph.deploy.manifest import Manifest, read_manifest
 from marft_graph.episode import Call, Episode
 from marft_graph.errors import CheckpointError, ConfigError, ExportError, ModelError
 from marft_graph.graph.flex_mg import FlexMG

@@ -668,3 +668,20 @@ def test_a_structured_answer_is_read_after_the_reasoning():
     assert episode.status == "ok", episode.error
     assert given[0].additional_kwargs["parsed"] == {"sum": 3}
     assert given[0].additional_kwargs["reasoning_content"] == '{"sum": 0}?'
+
+
+@every_family
+@pytest.mark.parametrize("content", ["It is 3.", ""])
+def test_an_answer_to_learn_reads_back_as_it_was_recorded(name: str, content: str) -> None:
+    codec = make_codec(name)
+    calls = [] if content else [{"name": "add", "args": {"a": 1, "b": 2}, "id": "abcdefgh0"}]
+    answer = AIMessage(content, tool_calls=calls)
+    end = codec._tokenizer.convert_tokens_to_ids(FAMILIES[name].end)
+    prompt, ids = codec.render_answer([*QUESTION, answer], TOOLS, frozenset({end}))
+    assert prompt == codec.render(QUESTION, TOOLS)  # as the node will be asked
+    assert ids.index(end) == len(ids) - 1  # it learns to stop, and nothing after that
+    read = codec.parse(ids, tools=TOOLS)
+    assert read.text.strip() == content
+    assert [(c["name"], c["args"]) for c in read.tool_calls] == [
+        (c["name"], c["args"]) for c in calls
+    ]

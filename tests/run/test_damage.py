@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from marft_graph import TrainConfig, Trainer, bind
-from marft_graph.deploy.export import read_manifest
+from marft_graph.deploy.manifest import read_manifest
 from marft_graph.errors import CheckpointError, ExportError, ModelError
 from marft_graph.run.checkpoint import latest_checkpoint, verify
 from tests.apps import duo

@@ -17,7 +17,7 @@ from marft_graph.episode import Call, Episode
 from marft_graph.errors import CheckpointError
 from marft_graph.graph.compile import compile_graph
 from marft_graph.run.curves import Curve, line_chart, plot_learning_curves
-from marft_graph.run.report import bootstrap_interval, verdict, write_report
+from marft_graph.run.report import write_report
 from marft_graph.run.tracking import MetricsLog
 from marft_graph.run.trajectories import write_traces
 
@@ -159,25 +159,6 @@ def test_an_unfinished_run_has_a_report(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is no run folder: cannot read graph\.json"):
         write_report(tmp_path)
-
-
-def test_the_interval_is_that_of_the_mean() -> None:
-    # 100 differences of 0 and 100 of 1: mean 0.5, standard error 0.5 / sqrt(200) = 0.0354,
-    # normal 95 % interval 0.431 to 0.569.
-    low, high = bootstrap_interval([0.0, 1.0] * 100)
-    assert low == pytest.approx(0.431, abs=0.012)
-    assert high == pytest.approx(0.569, abs=0.012)
-    assert bootstrap_interval([0.0, 1.0] * 100) == (low, high)
-
-
-@pytest.mark.parametrize(
-    ("interval", "word"),
-    [((0.1, 0.2), "better"), ((-0.2, -0.1), "worse"), ((-0.1, 0.1), "no certain difference")],
-)
-def test_only_an_interval_without_zero_is_a_difference(
-    interval: tuple[float, float], word: str
-) -> None:
-    assert verdict(*interval) == word
 
 
 def test_a_chart_goes_through_its_points() -> None:

@@ -1,0 +1,119 @@
+"""What an export folder says of itself, and whether it is still what was exported."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from marft_graph.errors import ExportError
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an export folder says of itself (`manifest.json`)."""
+
+    dtype: str
+    graph_hash: str
+    nodes: Mapping[str, str]
+    """Agent path -> name of its adapter; several may share one."""
+    adapters: Mapping[str, Mapping[str, Any]]
+    """Name -> `path` of the adapter's folder, relative to the export folder, and `base_model`."""
+    max_new_tokens: int
+    metrics: Mapping[str, Any]
+    sha256: Mapping[str, str]
+    """Digest of every other file in the folder, by relative path."""
+    constrain_output: bool = False
+    """Whether structured output was constrained to its schema in training."""
+    special_tokens_in_text: bool = False
+    """Whether special tokens in messages' text were encoded as such in training."""
+    temperature: float | None = None
+    """Sampling temperature in training; None: what the app asked for, else 1."""
+    merged: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Adapter -> folder of its base model with the adapter merged in, where that was asked for."""
+
+    def folders(self, folder: Path, base_model: str | None = None) -> dict[str, tuple[str, Path]]:
+        """Base model and folder of each adapter.
+
+        Args:
+            folder: the export folder.
+            base_model: where the base is now, if not where the manifest says.
+
+        Raises:
+            ExportError: adapters stand on several bases, which one `base_model` cannot replace.
+        """
+        bases = {str(own["base_model"]) for own in self.adapters.values()}
+        if base_model is not None and len(bases) > 1:
+            raise ExportError(
+                f"the adapters in {folder} stand on {len(bases)} base models "
+                f"({', '.join(sorted(bases))}); base_model can replace only a single one"
+            )
+        return {
+            name: (base_model or str(own["base_model"]), folder / own["path"])
+            for name, own in self.adapters.items()
+        }
+
+
+def read_manifest(export_dir: str | Path) -> Manifest:
+    """The manifest of an export folder, every file checked against its digest.
+
+    Raises:
+        ExportError: the folder or its manifest is missing, or a file (the manifest itself
+            included) is missing, changed or not in the manifest; or a path leads out of the folder.
+    """
+    folder = Path(export_dir)
+    path = folder / MANIFEST
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        given = {spec.name for spec in dataclasses.fields(Manifest) if spec.name in raw}
+        manifest = Manifest(**{name: raw[name] for name in given})
+        is_intact = raw["manifest_sha256"] == manifest_digest(raw)
+        paths = [str(own["path"]) for own in manifest.adapters.values()]
+        digests = dict(manifest.sha256)
+    except OSError as error:
+        raise ExportError(
+            f"{folder} is no export folder: cannot read {path.name}: {error}"
+        ) from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ExportError(
+            f"{path} is damaged, or no manifest of an export by this version: {error!r}"
+        ) from error
+    if not is_intact:
+        raise ExportError(f"{folder} is damaged: {MANIFEST} differs from what was exported")
+    for name in [*digests, *paths]:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise ExportError(f"{path} names {name!r}, which is not in its folder")
+    for name, digest in digests.items():
+        if not (folder / name).is_file():
+            raise ExportError(f"{folder} is incomplete: {name} is missing")
+        if digest_of(folder / name) != digest:
+            raise ExportError(f"{folder} is damaged: {name} differs from what was exported")
+    for name in files_of(folder):
+        if name not in digests:
+            raise ExportError(f"{folder} is damaged: {name} is not in its manifest")
+    return manifest
+
+
+def files_of(folder: Path) -> list[str]:
+    """Relative names of all files but the manifest, sorted."""
+    names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def digest_of(file: Path) -> str:
+    """Digest of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Digest of everything in a manifest but the digest itself."""
+    rest = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
