@@ -7,24 +7,34 @@ nothing to exchange.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
-from marft_graph.errors import DistributedError, MarftError
+from marft_graph.config import TrainConfig
+from marft_graph.errors import CheckpointError, ConfigError, DistributedError, MarftError
 
 T = TypeVar("T")
+_PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others, who may have the longer episodes."""
 
 
 class Ranks:
     """This process among those that train together."""
 
     def __init__(self) -> None:
-        state = PartialState()
+        # Only when it is told so does accelerate connect processes that have no accelerator.
+        on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        state = PartialState(cpu=on_cpu, timeout=_PATIENCE)
         self.index: int = state.process_index
         self.count: int = state.num_processes
         self._device = state.device
@@ -91,7 +101,52 @@ class Ranks:
         for parameter, total in zip(owned, parts, strict=True):
             parameter.grad = total.view_as(parameter).clone()
 
-    def wait(self) -> None:
-        """Return once every process is here."""
-        if self.count > 1:
-            dist.barrier()
+    def one_after_another(self, work: Callable[[], T]) -> T:
+        """What this process makes, the first process last; an error of one is raised in all.
+
+        Raises:
+            As `together`.
+        """
+        found: list[T] = []
+
+        def do() -> Sequence[None]:
+            found.append(work())
+            return ()
+
+        for rank in reversed(range(self.count)):
+            self.together(do if rank == self.index else tuple)
+        return found[0]
+
+
+def check_ranks(ranks: Ranks, config: TrainConfig) -> None:
+    """Refuse what several processes cannot do together.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if ranks.count > 1 and config.engine != "local":
+        raise ConfigError(
+            f"engine is {config.engine!r}, with {ranks.count} processes; several processes sample "
+            "with engine local, or one process uses many servers (engine_urls)"
+        )
+
+
+def own_folder(ranks: Ranks, run_dir: str | Path | None, *, resume: bool) -> str | Path | None:
+    """The folder that this process writes to: the run's, or a temporary one, to resume a copy.
+
+    Raises:
+        CheckpointError: there is nothing to resume that this process can see.
+    """
+    if ranks.is_main:
+        return run_dir
+    folder = Path(tempfile.mkdtemp(prefix=f"marft-rank-{ranks.index}-"))
+    if resume:
+        if run_dir is None or not Path(run_dir).is_dir():
+            raise CheckpointError(
+                f"nothing to resume: process {ranks.index} sees no folder {run_dir}; several "
+                "machines need a file system that they share"
+            )
+        shutil.copytree(
+            run_dir, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.lock", "traces")
+        )
+    return folder

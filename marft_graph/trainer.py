@@ -46,6 +46,7 @@ from marft_graph.learn.supervised import imitate
 from marft_graph.learn.update import Learner
 from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team
+from marft_graph.ranks import Ranks, check_ranks, own_folder
 from marft_graph.rollout.quiescence import hung_threads
 from marft_graph.rollout.rewards import Rewards, as_reward_function, mean_parts
 from marft_graph.rollout.runner import check_examples, run_episodes
@@ -104,7 +105,9 @@ class Trainer:
             `marft_graph.rewards.combine`: a list of functions, or a dict of functions to weights.
         config: settings; a mapping of them will do.
         eval_dataset: held-out examples for evaluation.
-        run_dir: where the run is written; default: the next free `runs/run-N`.
+        run_dir: where the run is written; default: the next free `runs/run-N`. Of processes that
+            train together (`accelerate launch`) the first one writes it; the others' folders are
+            temporary.
         inputs: makes the graph's input from an example, where its keys do not.
         overwrite: delete what an earlier run left in `run_dir`.
         resume: continue the run in `run_dir` from its newest intact checkpoint.
@@ -161,14 +164,23 @@ class Trainer:
         agents = agents_of(self.nodes, self.config)
         _check_alternate_order(self.config, [agent.name for agent in agents])
         self.flex_mg = found.training(self.nodes, adapters_of(agents))
+        self._ranks = Ranks()
+        check_ranks(self._ranks, self.config)
         self._lock = RunLock()
         self._has_begun = resume
-        self.run_dir = claim_run_folder(run_dir, self._lock, overwrite=overwrite, resume=resume)
+        self.run_dir = self._ranks.one_after_another(
+            lambda: claim_run_folder(
+                own_folder(self._ranks, run_dir, resume=resume),
+                self._lock,
+                overwrite=overwrite,
+                resume=resume,
+            )
+        )
         try:
             self._extra_settings = dict(extra_settings or {})
             self.team = Team.load(agents, self.config)
             self._rates = {agent.name: agent.learning_rate for agent in agents}
-            self._learner = Learner(self.team, self.config, self._rates)
+            self._learner = Learner(self.team, self.config, self._rates, self._ranks)
             self._health = Health(
                 entropy_floor=self.config.entropy_floor,
                 kl_ceiling=self.config.kl_ceiling,
@@ -208,13 +220,14 @@ class Trainer:
             RewardError: the reward function raised; the message has the example.
         """
         with self._in_run_folder() as log, stop_requests(self.config.stop_timeout) as stop:
-            bar = TrainingProgress(self.config.iterations, start=self.iteration, enabled=progress)
+            shown = progress and self._ranks.is_main
+            bar = TrainingProgress(self.config.iterations, start=self.iteration, enabled=shown)
             try:
                 with bar:
                     before = self._first_evaluation(log)
-                    while self._goes_on() and not stop.is_set():
+                    while self._goes_on() and not self._ranks.any(stop.is_set()):
                         bar.update(self._step(log))
-                    stop.check()
+                    stop.check(is_asked=self._ranks.any(stop.is_set()))
                     if self.config.load_best:
                         self._put_back_best()
                     after = self._evaluate_both(log, "after")
@@ -325,6 +338,8 @@ class Trainer:
         """Stop the engine, and a server that it started, and let the run folder go."""
         self._engine.close()
         self._lock.release()
+        if not self._ranks.is_main:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -452,6 +467,21 @@ class Trainer:
         if self._unpublished is not None:
             self._engine.publish(self._unpublished)
             self._unpublished = None
+        share = self._ranks.share(len(examples))
+        own = [examples[i] for i in share]
+        return self._ranks.together(
+            lambda: self._run(own, share.start, group_size, seed, greedy=greedy) if own else []
+        )
+
+    def _run(
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        first_example: int,
+        group_size: int,
+        seed: int,
+        *,
+        greedy: bool,
+    ) -> list[Episode]:
         return run_episodes(
             self.graph,
             examples,
@@ -461,6 +491,7 @@ class Trainer:
             adapters={node: self.flex_mg.adapter(node) for node in self.nodes},
             inputs=self._inputs,
             seed=seed,
+            first_example=first_example,
             group_size=group_size,
             concurrency=self.config.concurrency,
             episode_timeout=self.config.episode_timeout,

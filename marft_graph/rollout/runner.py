@@ -63,6 +63,7 @@ def run_episodes(
     adapters: Mapping[str, str] | None = None,
     inputs: InputFunction | None = None,
     seed: int = 0,
+    first_example: int = 0,
     group_size: int = 1,
     concurrency: int = 256,
     episode_timeout: float = 600.0,
@@ -92,6 +93,8 @@ def run_episodes(
             one name share its adapter.
         inputs: makes the graph's input from an example, where its keys do not fit.
         seed: with the same seed, app and engine, the episodes are the same.
+        first_example: number of the first example, where these are some of many; it is part of the
+            seeds.
         group_size: episodes of each example.
         concurrency: episodes that run at once.
         episode_timeout: seconds that an episode may take.
@@ -142,7 +145,9 @@ def run_episodes(
     )
     plans = [
         _Plan(example, value, index, group, stable_seed(seed, index, group))
-        for index, (example, value) in enumerate(zip(listed, graph_values, strict=True))
+        for index, (example, value) in enumerate(
+            zip(listed, graph_values, strict=True), first_example
+        )
         for group in range(group_size)
     ]
     try:

@@ -41,10 +41,10 @@ class StopRequest:
         """Whether a signal has come."""
         return self.signum is not None
 
-    def check(self) -> None:
-        """Raise `Stopped` where a signal has come."""
-        if self.signum is not None:
-            raise Stopped(self.signum, is_first=True)
+    def check(self, *, is_asked: bool = False) -> None:
+        """Raise `Stopped` where a signal has come, or another process has been asked to stop."""
+        if self.signum is not None or is_asked:
+            raise Stopped(self.signum or signal.SIGTERM, is_first=True)
 
     def met(self) -> None:
         """The step is finished: only a second signal interrupts what is written now."""

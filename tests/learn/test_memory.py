@@ -12,6 +12,7 @@ import torch
 from marft_graph.errors import OutOfMemoryError
 from marft_graph.learn.memory import update_within_memory
 from marft_graph.learn.update import Learner
+from marft_graph.policy.rows import Row
 from tests.learn.test_update import AGENTS, learner, sampled_episodes
 
 
@@ -19,12 +20,10 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, most_tokens: int, error: Ex
     """Forward passes of the learner over more padded tokens than that raise."""
     forward = Learner._forward
 
-    def limited(self: Learner, agent: str, batch: Any, indices: Sequence[int], **how: Any) -> Any:
-        calls = [batch.calls[i] for i in indices]
-        lengths = [len(call.prompt_ids) + len(call.completion_ids) for call in calls]
-        if len(lengths) * max(lengths) > most_tokens:
+    def limited(self: Learner, agent: str, batch: Any, rows: Sequence[Row], **how: Any) -> Any:
+        if len(rows) * max(row.length for row in rows) > most_tokens:
             raise error
-        return forward(self, agent, batch, indices, **how)
+        return forward(self, agent, batch, rows, **how)
 
     monkeypatch.setattr(Learner, "_forward", limited)
 

@@ -23,7 +23,10 @@ ADAPTERS = [
     for file in ("adapter_config.json", "adapter_model.safetensors")
 ]
 CHECKPOINT = [*ADAPTERS, "learner.safetensors", "manifest.json", "state.json"]
-EXPORT = ["README.md", *ADAPTERS, "manifest.json"]
+CARDS = [f"adapters/{agent}/README.md" for agent in ("actor", "planner")]
+EXPORT = sorted(
+    [*ADAPTERS, *CARDS, "README.md", "chat_template.jinja", "compose.yaml", "manifest.json"]
+)
 
 
 def settings(model: Path) -> TrainConfig:
