@@ -119,8 +119,14 @@ class LocalEngine:
             self._version = version
 
     def use_gate(self, gate: Gate | None) -> None:
-        """Wait for `gate` before calls join the batch, so that batches are the same every run."""
+        """Wait for `gate` before calls join the batch, so that batches are the same every run.
+
+        What earlier calls left is forgotten: whether it is there would change the last bits.
+        """
         self._gate = gate
+        with self._changed:
+            if gate is not None and not self._has_work():
+                self._prefixes.clear()
 
     def submit(self, request: GenerationRequest) -> Future[Completion]:
         """Queue a request.

@@ -374,3 +374,21 @@ class Held:
 
     def wait(self) -> None:
         self.open.wait(timeout=60)
+
+
+def test_a_rollout_begins_with_nothing_kept(policy: Policy) -> None:
+    """Runs that differ only in what came before them are the same to the last bit."""
+    engine = LocalEngine(policy)
+    request = GenerationRequest(
+        "actor", policy.codec.render([HumanMessage("word " * 30)]), SamplingSettings(max_tokens=4)
+    )
+    computed = []
+    for _ in range(2):
+        gate = Held()
+        gate.open.set()
+        engine.use_gate(gate)
+        engine.submit(request).result(timeout=60)
+        engine.use_gate(None)
+        computed.append(engine.prefilled_tokens)
+    engine.close()
+    assert computed == [len(request.prompt_ids), 2 * len(request.prompt_ids)]
