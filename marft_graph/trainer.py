@@ -28,7 +28,7 @@ from marft_graph.deploy.export import export_run, write_export
 from marft_graph.deploy.manifest import read_manifest
 from marft_graph.engine.local import LocalEngine
 from marft_graph.engine.routing import RoutingEngine, local_engine
-from marft_graph.engine.vllm import VllmEngine, check_engine_settings, vllm_engine
+from marft_graph.engine.vllm.engine import VllmEngine, check_engine_settings, vllm_engine
 from marft_graph.episode import Episode
 from marft_graph.errors import (
     CheckpointError,

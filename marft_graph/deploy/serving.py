@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from marft_graph.engine.server import served_rank
+from marft_graph.engine.vllm.server import served_rank
 
 
 def vllm_commands(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from marft_graph.engine.server import (
+from marft_graph.engine.vllm.server import (
     ServerProcess,
     require_vllm,
     server_command,
@@ -119,7 +119,7 @@ def test_one_that_keeps_ending_is_given_up(tmp_path: Path) -> None:
 def test_it_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from marft_graph.engine.server import ServerProcess\n"
+        "from marft_graph.engine.vllm.server import ServerProcess\n"
         f"p = ServerProcess(sys.executable, [{STAND_IN!r}], Path({str(tmp_path)!r}) / 'log')\n"
         "p.ensure_running(); print(p.pid, p.url, flush=True); time.sleep(600)"
     )

@@ -15,8 +15,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from marft_graph.engine.endpoint import Adapter, Answer, Probe, Prompt, ServerFailure
-from marft_graph.engine.fleet import Fleet, Server
+from marft_graph.engine.vllm.endpoint import Adapter, Answer, Probe, Prompt, ServerFailure
+from marft_graph.engine.vllm.fleet import Fleet, Server
 from marft_graph.errors import ConfigError, EngineError, MarftError, PromptTooLongError
 
 logger = logging.getLogger(__name__)

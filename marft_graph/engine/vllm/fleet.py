@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from marft_graph.engine.endpoint import (
+from marft_graph.engine.vllm.endpoint import (
     Adapter,
     Answer,
     Endpoint,
@@ -21,7 +21,7 @@ from marft_graph.engine.endpoint import (
     ServerFailure,
     UnknownModel,
 )
-from marft_graph.engine.server import ServerProcess
+from marft_graph.engine.vllm.server import ServerProcess
 from marft_graph.errors import EngineError, MarftError
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from marft_graph.engine.base import SamplingSettings
-from marft_graph.engine.endpoint import Prompt, completion_body, read_completion
+from marft_graph.engine.vllm.endpoint import Prompt, completion_body, read_completion
 
 PROMPT = Prompt((1, 2, 3), SamplingSettings(0.7, 4, ("\n",)), 11, (256,), 300)
 GOOD = {

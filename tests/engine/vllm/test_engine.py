@@ -17,11 +17,11 @@ from marft_graph import Trainer
 from marft_graph.agents import agents_of
 from marft_graph.config import TrainConfig
 from marft_graph.engine.base import GenerationRequest, SamplingSettings
-from marft_graph.engine.vllm import VllmEngine, base_probe, vllm_engine
+from marft_graph.engine.vllm.engine import VllmEngine, base_probe, vllm_engine
 from marft_graph.errors import ConfigError, EngineError, EpisodesFailedError, PromptTooLongError
 from marft_graph.policy.team import Team
 from marft_graph.run.tracking import read_metrics
-from tests.engine.stand_in import StandIn
+from tests.engine.vllm.stand_in import StandIn
 from tests.training import config
 
 WAIT = 60

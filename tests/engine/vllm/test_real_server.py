@@ -26,8 +26,8 @@ from marft_graph import TrainConfig, Trainer
 from marft_graph.agents import agents_of
 from marft_graph.engine.base import GenerationRequest, SamplingSettings
 from marft_graph.engine.local import LocalEngine
-from marft_graph.engine.server import ServerProcess, server_command
-from marft_graph.engine.vllm import vllm_engine
+from marft_graph.engine.vllm.engine import vllm_engine
+from marft_graph.engine.vllm.server import ServerProcess, server_command
 from marft_graph.errors import EpisodesFailedError
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.logprobs import token_logprobs
@@ -42,7 +42,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning"),
 ]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BASE = ROOT / "workflows" / "tiny_base"
 ARGUMENTS = ("--enforce-eager", "--max-model-len=512", "--max-num-seqs=64")
 AGENTS = ("reasoner", "actor")

@@ -30,10 +30,10 @@ from safetensors.torch import load_file, save_file
 from marft_graph.agents import Agent
 from marft_graph.config import TrainConfig
 from marft_graph.engine.base import ChatCodec, Completion, GenerationRequest
-from marft_graph.engine.endpoint import Adapter, Answer, Endpoint, Probe, Prompt
-from marft_graph.engine.fleet import Server
-from marft_graph.engine.pool import ServerPool
-from marft_graph.engine.server import ServerProcess, require_vllm, server_command
+from marft_graph.engine.vllm.endpoint import Adapter, Answer, Endpoint, Probe, Prompt
+from marft_graph.engine.vllm.fleet import Server
+from marft_graph.engine.vllm.pool import ServerPool
+from marft_graph.engine.vllm.server import ServerProcess, require_vllm, server_command
 from marft_graph.errors import ConfigError, EngineError, PromptTooLongError
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.team import Team

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from marft_graph.engine.base import SamplingSettings
-from marft_graph.engine.endpoint import Adapter, Endpoint, Probe, Prompt, ServerRefusal
-from marft_graph.engine.fleet import Server
-from marft_graph.engine.pool import ServerPool
+from marft_graph.engine.vllm.endpoint import Adapter, Endpoint, Probe, Prompt, ServerRefusal
+from marft_graph.engine.vllm.fleet import Server
+from marft_graph.engine.vllm.pool import ServerPool
 from marft_graph.errors import ConfigError, EngineError, PromptTooLongError
-from tests.engine.stand_in import StandIn
+from tests.engine.vllm.stand_in import StandIn
 
 ACTOR = Adapter("actor@v1", Path("/adapters/actor"))
 PROBE = Probe((1, 2, 3), [-1.0 - k for k in range(262)])  # as the stand-in says

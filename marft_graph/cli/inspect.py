@@ -1,0 +1,137 @@
+"""`marft-graph inspect`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from marft_graph.cli.group import main
+from marft_graph.cli.tasks import FILE, FOLDER, loaded
+from marft_graph.config import TrainConfig
+
+if TYPE_CHECKING:
+    from marft_graph.graph.flex_mg import FlexMG
+    from marft_graph.workflow import Workflow
+
+# Formats of `inspect`, with the end of a file's name that asks for them.
+_SUFFIXES = {
+    "text": ".txt",
+    "mermaid": ".mmd",
+    "dot": ".dot",
+    "svg": ".svg",
+    "png": ".png",
+    "html": ".html",
+    "json": ".json",
+}
+
+
+@main.command()
+@click.argument("target")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(list(_SUFFIXES)),
+    help="What to show.  [default: text, or what the end of --output says]",
+)
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+@click.option("--run", type=FOLDER, help="html: show what happened in this run folder as well.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Run a workflow folder's app on 8 examples with scripted answers first: finds agents that "
+    "the code does not show, and counts calls. Its tools and other nodes do run.",
+)
+@click.option("--output", type=FILE, help="Write to this file instead of the terminal.")
+@click.option("--force", is_flag=True, help="Replace the output file if there is one.")
+def inspect(
+    target: str,
+    format_: str | None,
+    as_json: bool,
+    run: Path | None,
+    dry_run: bool,
+    output: Path | None,
+    force: bool,
+) -> None:
+    """Show what would be trained in TARGET, and who observes whom.
+
+    TARGET is a workflow folder, a variable in a file (app.py:graph) or a langgraph.json.
+    """
+    if as_json and format_ not in (None, "json"):
+        raise click.UsageError(f"--json and --format {format_} exclude each other")
+    chosen = "json" if as_json else format_ or _format_of(output)
+    if chosen == "png" and output is None:
+        raise click.UsageError("a PNG is no text for a terminal; give --output FILE.png")
+    if run is not None and chosen != "html":
+        raise click.UsageError(f"--run goes with --format html, not {chosen}")
+    if output is not None and output.exists() and not force:
+        raise click.UsageError(f"{output} exists; give another --output, or --force to replace it")
+
+    from marft_graph.graph import draw, page, picture
+    from marft_graph.graph.compile import compile_graph
+    from marft_graph.workflow import load_target
+
+    loaded = load_target(target)
+    flex_mg = compile_graph(
+        loaded.graph, _examples_of(loaded, target) if dry_run else None, loaded.inputs
+    )
+    if loaded.settings and flex_mg.agents:
+        flex_mg = _as_trained(flex_mg, loaded.settings)
+    shown_run: dict[str, Any] = {}
+    if run is not None:
+        from marft_graph.run.overlay import overlays
+        from marft_graph.run.report import timeline_section
+
+        shown_run = {"overlays": overlays(flex_mg, run), "below": timeline_section(run)}
+    if chosen == "png" and output is not None:
+        picture.write_png(flex_mg, output)
+        click.echo(f"wrote {output}")
+        return
+    writers: dict[str, Callable[[FlexMG], str]] = {
+        "text": lambda graph: draw.summary(graph) + "\n",
+        "mermaid": draw.to_mermaid,
+        "dot": draw.to_dot,
+        "svg": picture.to_svg,
+        "html": lambda graph: page.to_html(graph, title=target, **shown_run),
+        "json": lambda graph: json.dumps(graph.to_dict(), indent=2, ensure_ascii=False) + "\n",
+    }
+    text = writers[chosen](flex_mg)
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    output.write_text(text, encoding="utf-8")
+    click.echo(f"wrote {output}")
+
+
+def _as_trained(flex_mg: FlexMG, settings: dict[str, Any]) -> FlexMG:
+    """The graph as a workflow's settings train it: frozen nodes, shared adapters."""
+    from marft_graph.agents import adapters_of, agents_of
+
+    config = TrainConfig.from_mapping({k: v for k, v in settings.items() if k != "dataset"})
+    nodes = flex_mg.training(config.nodes).agents
+    return flex_mg.training(nodes, adapters_of(agents_of(nodes, config)))
+
+
+def _examples_of(workflow: Workflow, name: str) -> Any:
+    if workflow.load_data is None:
+        raise click.UsageError(
+            f"--dry-run needs examples, and {name} has no task.py with load_data; in Python: "
+            "compile_graph(graph, examples)"
+        )
+    return loaded(workflow.load_data, workflow.settings.get("dataset"), name)[0]
+
+
+def _format_of(output: Path | None) -> str:
+    """The format that a file's name asks for; text where nothing does."""
+    if output is None:
+        return "text"
+    found = [name for name, suffix in _SUFFIXES.items() if suffix == output.suffix.lower()]
+    if not found:
+        raise click.UsageError(
+            f"cannot tell a format from {output.name!r}; give --format, or an end of "
+            f"{', '.join(_SUFFIXES.values())}"
+        )
+    return found[0]
