@@ -14,11 +14,14 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 PYTEST_ARGS ?=
 # Extra options of the benchmark, for example: make benchmark-learning LEARNING_ARGS="--compare"
 LEARNING_ARGS ?=
+# Extra options of the speed benchmarks, for example: make benchmark-rollout BENCHMARK_ARGS="--rounds 9"
+BENCHMARK_ARGS ?=
 
-.PHONY: help setup demo test faults vllm-cpu browser-test benchmark-learning check format clean
+.PHONY: help setup demo test faults vllm-cpu browser-test benchmark-learning benchmark-rollout \
+	benchmark-update benchmark-iteration benchmark-overhead check format clean
 
 help:  ## show this help
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 21
 	@echo
 	@echo "Variables: RUN_DIR=DIR (demo), PYTEST_ARGS=... (test), PYTHON=... and TORCH_INDEX=URL (set-up)"
 
@@ -85,6 +88,19 @@ browser-test: $(INSTALLED)  ## install a browser where there is none, and test t
 	  || { apt-get install -y -q chromium >/dev/null 2>&1 && echo "Installed chromium"; } \
 	  || $(BIN)/playwright install chromium
 	@$(BIN)/python -m pytest tests/graph/test_page.py $(PYTEST_ARGS)
+
+# Ratios against peers that run in turn with us: they need a machine without other work.
+benchmark-rollout: $(INSTALLED)  ## sampled tokens per second through an app, against generate and single calls
+	@$(BIN)/python benchmarks/rollout.py --json docs/benchmarks/rollout.json $(BENCHMARK_ARGS)
+
+benchmark-update: $(INSTALLED)  ## the update against a bare loop, whole steps against TRL
+	@$(BIN)/python benchmarks/update.py --json docs/benchmarks/update.json $(BENCHMARK_ARGS)
+
+benchmark-iteration: $(INSTALLED)  ## iterations against the pattern of the paper's code, in time and memory
+	@$(BIN)/python benchmarks/iteration.py --json docs/benchmarks/iteration.json $(BENCHMARK_ARGS)
+
+benchmark-overhead: $(INSTALLED)  ## processor time that the framework adds to a call, and how it grows
+	@$(BIN)/python benchmarks/overhead.py --json docs/benchmarks/overhead.json $(BENCHMARK_ARGS)
 
 # Continues where it was interrupted; LEARNING_ARGS takes --seeds, --methods and so on (see --help).
 benchmark-learning: $(INSTALLED)  ## every method on every workflow over five seeds, into runs/learning (an hour)
