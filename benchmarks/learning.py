@@ -365,7 +365,8 @@ Made by `{COMMAND}`; all figures are in [learning.json](learning.json).
 ![Held-out return over episodes and over seconds of training]({image})
 
 The lines are means over seeds, the bands reach from the worst seed to the best. A run has the
-settings of the workflow's `config.yaml`, which were chosen with other seeds.
+settings of the workflow's `config.yaml`, which were chosen with other seeds, except that math_trio
+got its falling learning rate after a run with seed 10 had lost some of its return at the end.
 
 Iterations: {lengths}. What a method changes:
 
