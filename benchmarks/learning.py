@@ -265,7 +265,6 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
             )
             at.axhline(GOAL, color="#6b7280", lw=0.8, ls=":")
             at.set(xlabel=f"{unit} of training", ylim=(0, 1.02))
-            at.set_xlim(left=0)
             at.grid(alpha=0.25)
             if row == 0:
                 at.set_title(workflow)
@@ -273,6 +272,7 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
                 at.set_ylabel("held-out return")
     shown: dict[str, Any] = {}
     for at in axes.flat:
+        at.set_xlim(left=0)  # not before: it would keep the right end where it then is
         shown |= dict(zip(*reversed(at.get_legend_handles_labels()), strict=True))
     figure.legend(shown.values(), shown.keys(), loc="lower center", ncols=len(shown), frameon=False)
     figure.tight_layout(rect=(0, 0.05, 1, 1))

@@ -96,6 +96,12 @@ class TrainConfig:
         "", "hub id or local folder of the frozen causal LM under all adapters"
     )
     device: str = setting("auto", "torch device of the base model; auto lets accelerate choose")
+    cpu_threads: int | None = setting(
+        None,
+        "threads of torch on a CPU; none: one for a base of under 10 million parameters, whose "
+        "operations are too small to be shared, else what torch chooses",
+        at_least=1,
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
         "float32", "precision of the frozen base; adapters are always float32"
     )

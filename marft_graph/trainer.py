@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from langgraph.pregel import Pregel
 
 from marft_graph.agents import Agent, adapters_of, agents_of
@@ -164,6 +165,7 @@ class Trainer:
         agents = agents_of(self.nodes, self.config)
         _check_alternate_order(self.config, [agent.name for agent in agents])
         self.flex_mg = found.training(self.nodes, adapters_of(agents))
+        self._torch_threads = torch.get_num_threads()
         self._ranks = Ranks()
         check_ranks(self._ranks, self.config)
         self._lock = RunLock()
@@ -179,6 +181,8 @@ class Trainer:
         try:
             self._extra_settings = dict(extra_settings or {})
             self.team = Team.load(agents, self.config)
+            if threads := self.config.cpu_threads or self.team.cpu_threads:
+                torch.set_num_threads(threads)
             self._rates = {agent.name: agent.learning_rate for agent in agents}
             self._learner = Learner(self.team, self.config, self._rates, self._ranks)
             self._health = Health(
@@ -338,6 +342,7 @@ class Trainer:
         """Stop the engine, and a server that it started, and let the run folder go."""
         self._engine.close()
         self._lock.release()
+        torch.set_num_threads(self._torch_threads)
         if not self._ranks.is_main:
             shutil.rmtree(self.run_dir, ignore_errors=True)
 

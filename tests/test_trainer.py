@@ -396,3 +396,17 @@ def test_an_app_that_is_greedy_everywhere_is_refused_with_what_to_set(
         trainer.train(progress=False)
     with make(app, config=config(tiny_model, temperature=1.0), run="sampled") as trainer:
         trainer.train(progress=False)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 1), (3, 3)])
+def test_a_small_base_is_trained_on_one_thread_unless_it_is_said_otherwise(
+    make: Callable[..., Trainer], tiny_model: Path, given: int | None, expected: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with make(config=config(tiny_model, cpu_threads=given)):
+            assert torch.get_num_threads() == expected
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

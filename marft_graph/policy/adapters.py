@@ -183,12 +183,16 @@ class Policy:
         return int(self._lm_head.weight.shape[0])
 
     @cached_property
+    def parameters(self) -> int:
+        """Parameters of the base and its adapters, embeddings left out."""
+        count: int = _base_of(self.model).num_parameters(exclude_embeddings=True)
+        return count
+
+    @cached_property
     def attention_cost(self) -> float:
         """Work of attention between two tokens, in units of all other work for one token."""
-        base = _base_of(self.model)
         layers, width = int(self.config.num_hidden_layers), int(self.config.hidden_size)
-        own: int = base.num_parameters(exclude_embeddings=True)
-        return 2 * layers * width / max(1, own)
+        return 2 * layers * width / max(1, self.parameters)
 
     @property
     def end_ids(self) -> frozenset[int]:

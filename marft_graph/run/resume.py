@@ -30,6 +30,7 @@ _FREE = frozenset(
         "stop_timeout",
         "device",
         "cache_gib",
+        "cpu_threads",
         "engine_urls",
         "engine_timeout",
         "engine_patience",
