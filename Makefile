@@ -82,12 +82,12 @@ faults: $(INSTALLED)  ## kill -9 small runs at 100 random instants, resume each 
 	@$(BIN)/python -m tests.faults.kill --times 100
 
 # Chromium: the system's, else Debian's package (needs root), else the one that Playwright downloads.
-browser-test: $(INSTALLED)  ## install a browser where there is none, and test the graph's page in it
+browser-test: $(INSTALLED)  ## install a browser where there is none, and test the pages in it
 	@$(PIP) install -q -e ".[browser]" -c constraints.txt
 	@command -v chromium chromium-browser google-chrome >/dev/null \
 	  || { apt-get install -y -q chromium >/dev/null 2>&1 && echo "Installed chromium"; } \
 	  || $(BIN)/playwright install chromium
-	@$(BIN)/python -m pytest tests/graph/test_page.py $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
 
 # Ratios against peers that run in turn with us: they need a machine without other work.
 benchmark-rollout: $(INSTALLED)  ## sampled tokens per second through an app, against generate and single calls

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import gc
 import json
 import threading
 import time
@@ -175,6 +176,31 @@ def test_no_more_rewards_are_computed_at_once_than_asked(engine, kind):
     assert all(episode.outcome_reward == 2.0 for episode in episodes)
     assert len(peak) == 20
     assert max(peak) == 3
+
+
+def test_an_async_reward_is_not_called_for_an_episode_cancelled_before():
+    """A coroutine that was made and never started is reported by Python wherever it is found."""
+    from marft_graph.rollout.rewards import RewardCalls
+
+    asked = []
+
+    async def reward(example, state):
+        asked.append(example)
+        return 1.0
+
+    async def cancelled_at_once():
+        with ThreadPoolExecutor(1) as threads:
+            calls = RewardCalls(threads, timeout=5, concurrency=1)
+            running = asyncio.ensure_future(calls._result(reward, {}, {}))
+            await asyncio.sleep(0)  # its inner task exists now, and has not begun
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()  # all at once, as when a run is stopped
+            with pytest.raises(asyncio.CancelledError):
+                await running
+
+    asyncio.run(cancelled_at_once())
+    gc.collect()
+    assert asked == []
 
 
 def test_waiting_for_a_place_is_not_counted_as_taking_long(engine):

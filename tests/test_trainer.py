@@ -210,9 +210,6 @@ def hanging_in(iteration: int, trainer: list[Trainer], *signals: signal.Signals)
     return hangs
 
 
-# The signal may come between the making of a coroutine and its first step.
-@pytest.mark.filterwarnings("ignore:Exception ignored in. <coroutine")
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 def test_a_step_past_the_deadline_is_interrupted_and_the_one_before_it_saved(
     make: Callable[..., Trainer], tiny_model: Path
 ) -> None:
@@ -234,9 +231,6 @@ def test_a_step_past_the_deadline_is_interrupted_and_the_one_before_it_saved(
     assert without_times(read_metrics(result.run_dir)) == without_times(read_metrics(whole.run_dir))
 
 
-# The signal may come between the making of a coroutine and its first step.
-@pytest.mark.filterwarnings("ignore:Exception ignored in. <coroutine")
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 def test_a_second_signal_stops_at_once(make: Callable[..., Trainer], tiny_model: Path) -> None:
     made: list[Trainer] = []
     hangs = hanging_in(2, made, signal.SIGTERM, signal.SIGINT)

@@ -210,7 +210,7 @@ class RewardCalls:
         deadline = loop.time() + self._timeout
         if _is_async(reward):
             try:
-                return await _before(_awaited(reward(example, state)), self._timeout)
+                return await _before(_asked(reward, example, state), self._timeout)
             finally:
                 self._places.release()
         thread = self._workers.submit(reward, example, state)
@@ -256,9 +256,14 @@ def _is_async(reward: RewardFunction) -> bool:
 
 async def _result_of(reward: RewardFunction, example: Mapping[str, Any], state: Any) -> Any:
     if _is_async(reward):
-        return await _awaited(reward(example, state))
+        return await _asked(reward, example, state)
     result = await asyncio.to_thread(reward, example, state)
     return await result if inspect.isawaitable(result) else result
+
+
+async def _asked(reward: RewardFunction, example: Mapping[str, Any], state: Any) -> Any:
+    """An async reward; called when its task starts, so one cancelled before that leaves nothing."""
+    return await _awaited(reward(example, state))
 
 
 async def _awaited(result: Any) -> Any:

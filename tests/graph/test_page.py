@@ -15,6 +15,7 @@ from marft_graph.run.timeline import to_timeline
 from tests.apps import duo
 from tests.graph import real_apps
 
+pytestmark = pytest.mark.browser
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 

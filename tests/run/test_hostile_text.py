@@ -82,6 +82,7 @@ def hostile_run(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.browser
 def test_the_report_of_a_hostile_model_is_intact_in_a_browser(
     browser: Any,  # noqa: F811
     tmp_path: Path,
