@@ -86,4 +86,5 @@ def test_eight_agents_need_little_more_memory_than_one(tmp_path: Path) -> None:
             check=True,
         )
         peaks.append(int(done.stdout.split()[-1]) / 2**20)
-    assert peaks[1] <= 1.15 * peaks[0], f"{peaks[0]:.2f} GiB with 1 agent, {peaks[1]:.2f} with 8"
+    told = f"{peaks[0]:.2f} GiB with 1 agent, {peaks[1]:.2f} with 8"
+    assert peaks[1] <= 1.15 * peaks[0], told

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import gc
 import logging
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from marft_graph.episode import Episode
-from marft_graph.errors import OutOfMemoryError
+from marft_graph.errors import CheckpointError, OutOfMemoryError
 from marft_graph.learn.update import AgentStats, Learner
 from marft_graph.policy.team import Team
 
@@ -45,20 +47,22 @@ def update_within_memory(
     The smaller size stays for later updates.
 
     Raises:
+        CheckpointError: the disk for temporary files is full.
         OutOfMemoryError: not even single calls fit; the team is as it was before the update.
     """
-    before = _Snapshot.of(learner, team)
-    while True:
-        try:
-            return learner.update(episodes, iteration)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            problem = str(error).strip().partition("\n")[0] or type(error).__name__
-        # Outside the handler: its traceback holds the tensors that must go first.
-        before.put_back(learner, team)
-        _release(learner)
-        _halve(learner, episodes, iteration, problem)
+    with tempfile.TemporaryDirectory(prefix="marft-update-") as folder:
+        before = _Snapshot(Path(folder), learner, team)
+        while True:
+            try:
+                return learner.update(episodes, iteration)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                problem = str(error).strip().partition("\n")[0] or type(error).__name__
+            # Outside the handler: its traceback holds the tensors that must go first.
+            before.put_back(learner, team)
+            _release(learner)
+            _halve(learner, episodes, iteration, problem)
 
 
 def _halve(learner: Learner, episodes: Sequence[Episode], iteration: int, problem: str) -> None:
@@ -90,24 +94,28 @@ def _release(learner: Learner) -> None:
         torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True, slots=True)
 class _Snapshot:
-    """Weights and moments, in the machine's memory."""
+    """Weights and moments in a temporary file: memory is what may be short."""
 
-    weights: dict[str, list[Tensor]]
-    learner: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, learner: Learner, team: Team) -> _Snapshot:
+    def __init__(self, folder: Path, learner: Learner, team: Team) -> None:
+        self._path = folder / "before.safetensors"
         weights = {
-            agent: [parameter.detach().to("cpu", copy=True) for parameter in team.parameters(agent)]
+            f"weights/{agent}/{index}": parameter.detach().cpu().contiguous()
             for agent in team.agents
+            for index, parameter in enumerate(team.parameters(agent))
         }
-        return cls(weights, {name: value.clone() for name, value in learner.state().items()})
+        state = {f"learner/{name}": value for name, value in learner.state().items()}
+        try:
+            save_file(weights | state, self._path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot write {self._path}: {error}") from error
 
     @torch.no_grad()
     def put_back(self, learner: Learner, team: Team) -> None:
-        for agent, saved in self.weights.items():
-            for parameter, value in zip(team.parameters(agent), saved, strict=True):
-                parameter.copy_(value)
-        learner.load_state({name: value.clone() for name, value in self.learner.items()})
+        saved = load_file(self._path)
+        for agent in team.agents:
+            for index, parameter in enumerate(team.parameters(agent)):
+                parameter.copy_(saved[f"weights/{agent}/{index}"])
+        learner.load_state(
+            {k.removeprefix("learner/"): v for k, v in saved.items() if k.startswith("learner/")}
+        )
