@@ -364,6 +364,21 @@ class TrainConfig:
         return _plain(values)
 
 
+def rollout_settings(config: TrainConfig) -> dict[str, Any]:
+    """What `run_episodes` is told of these settings, in training and in every evaluation."""
+    return {
+        "concurrency": config.concurrency,
+        "episode_timeout": config.episode_timeout,
+        "reward_timeout": config.reward_timeout,
+        "reward_concurrency": config.reward_concurrency,
+        "temperature": config.temperature,
+        "max_new_tokens": config.max_new_tokens,
+        "constrain_output": config.constrain_output,
+        "fault_rewards": fault_rewards_of(config.fault_rewards),
+        "reward_errors": config.reward_errors,
+    }
+
+
 def fault_rewards_of(entries: tuple[str, ...]) -> dict[str, float]:
     """`fault_rewards` as names of exceptions and what they earn.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,12 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from marft_graph.data import read_rows
 from marft_graph.episode import Episode
 from marft_graph.errors import CheckpointError, DatasetError
+from marft_graph.learn.supervised import Demonstration
 from marft_graph.names import agent_path, node_path
 from marft_graph.run.trajectories import read_traces
 
 Source = Any
 """A file or folder, episodes, or rows with `node` and `messages`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Demonstration:
-    """One answer of one node, and what it answered."""
-
-    node: str
-    """Agent path."""
-    prompt: tuple[BaseMessage, ...]
-    answer: AIMessage
-    tools: tuple[dict[str, Any], ...] = ()
-    """Schemas in OpenAI form."""
-    prompt_ids: tuple[int, ...] = ()
-    """As sampled, where an adapter wrote the answer; else empty, as `completion_ids` are."""
-    completion_ids: tuple[int, ...] = ()
 
 
 def read_demonstrations(

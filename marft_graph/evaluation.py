@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marft_graph.config import TrainConfig, fault_rewards_of
+from marft_graph.config import TrainConfig, rollout_settings
 from marft_graph.data import as_examples
+from marft_graph.deploy.exported import exported_team
 from marft_graph.deploy.manifest import read_manifest
 from marft_graph.engine.base import Engine
 from marft_graph.engine.routing import local_engine
@@ -22,7 +23,6 @@ from marft_graph.episode import Episode
 from marft_graph.errors import EpisodesFailedError, ExportError, UnknownNodeError
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
-from marft_graph.policy.team import Team
 from marft_graph.rollout.rewards import Rewards
 from marft_graph.rollout.runner import run_episodes
 
@@ -126,13 +126,7 @@ def export_episodes(
         nodes = resolve_nodes(compile_graph(app), tuple(manifest.nodes), found_before=True)
     except UnknownNodeError as error:
         raise ExportError(f"{export_dir} was exported from another graph: {error}") from error
-    folders = manifest.folders(Path(export_dir), base_model)
-    team = Team.from_folders(
-        folders,
-        device=config.device,
-        dtype=manifest.dtype,
-        special_tokens_in_text=manifest.special_tokens_in_text,
-    )
+    team = exported_team(manifest, export_dir, device=config.device, base_model=base_model)
     engine = local_engine(team, max_batch_size=config.max_batch_size, cache_gib=config.cache_gib)
     settings = config.replace(
         max_new_tokens=manifest.max_new_tokens, constrain_output=manifest.constrain_output
@@ -179,14 +173,6 @@ def held_out_episodes(
         inputs=inputs,
         seed=EVAL_SEED,
         group_size=group_size,
-        concurrency=config.concurrency,
-        episode_timeout=config.episode_timeout,
-        reward_timeout=config.reward_timeout,
-        reward_concurrency=config.reward_concurrency,
-        temperature=config.temperature,
-        max_new_tokens=config.max_new_tokens,
-        constrain_output=config.constrain_output,
-        fault_rewards=fault_rewards_of(config.fault_rewards),
-        reward_errors=config.reward_errors,
         greedy=greedy,
+        **rollout_settings(config),
     )

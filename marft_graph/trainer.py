@@ -22,7 +22,7 @@ import torch
 from langgraph.pregel import Pregel
 
 from marft_graph.agents import Agent, adapters_of, agents_of
-from marft_graph.config import TrainConfig, fault_rewards_of
+from marft_graph.config import TrainConfig, rollout_settings
 from marft_graph.data import as_examples, training_data
 from marft_graph.demonstrations import Source, read_demonstrations
 from marft_graph.deploy.export import export_run, write_export
@@ -297,7 +297,7 @@ class Trainer:
             max_grad_norm=self.config.max_grad_norm,
             seed=self.config.seed,
         )
-        self._engine.publish(self.iteration)
+        self._unpublished = self.iteration
         return stats
 
     def evaluate(self, *, greedy: bool = False, name: str | None = None) -> Evaluation:
@@ -498,16 +498,8 @@ class Trainer:
             seed=seed,
             first_example=first_example,
             group_size=group_size,
-            concurrency=self.config.concurrency,
-            episode_timeout=self.config.episode_timeout,
-            reward_timeout=self.config.reward_timeout,
-            reward_concurrency=self.config.reward_concurrency,
-            temperature=self.config.temperature,
-            max_new_tokens=self.config.max_new_tokens,
-            constrain_output=self.config.constrain_output,
-            fault_rewards=fault_rewards_of(self.config.fault_rewards),
-            reward_errors=self.config.reward_errors,
             greedy=greedy,
+            **rollout_settings(self.config),
         )
 
     def _refuse_failures(self, episodes: Sequence[Episode]) -> None:

@@ -52,7 +52,7 @@ def _improved(run: Path, workflow: str) -> dict[str, Any]:
 
     from marft_graph.deploy.export import export_run
     from marft_graph.deploy.manifest import read_manifest
-    from marft_graph.deploy.prune import gain_of_each_adapter
+    from marft_graph.prune import gain_of_each_adapter
 
     target, load_data, reward = load_task(workflow)
     settings = dict(target.settings)

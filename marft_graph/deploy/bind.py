@@ -17,6 +17,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import ensure_config, merge_configs
 from langgraph.pregel import Pregel
 
+from marft_graph.deploy.exported import exported_team
 from marft_graph.deploy.manifest import read_manifest
 from marft_graph.engine.base import Engine
 from marft_graph.engine.routing import local_engine
@@ -25,7 +26,6 @@ from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
 from marft_graph.names import agent_path
 from marft_graph.policy.grammar import require_grammar_library
-from marft_graph.policy.team import Team
 from marft_graph.rollout.answers import message_for, request_for
 from marft_graph.rollout.intercept import InterceptedCall, Pending, Responder, intercepting
 
@@ -98,16 +98,8 @@ def bind(
         return BoundGraph(app, server, share)
     if manifest.constrain_output:
         require_grammar_library()
-    folders = manifest.folders(folder, base_model)
     responder = _Adapters(
-        local_engine(
-            Team.from_folders(
-                folders,
-                device=device,
-                dtype=manifest.dtype,
-                special_tokens_in_text=manifest.special_tokens_in_text,
-            )
-        ),
+        local_engine(exported_team(manifest, folder, device=device, base_model=base_model)),
         adapters=manifest.nodes,
         temperature=temperature,
         max_new_tokens=manifest.max_new_tokens,

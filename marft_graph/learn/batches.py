@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from marft_graph.episode import Call
+from marft_graph.policy.adapters import Policy
 from marft_graph.policy.grammar import Grammars
+from marft_graph.policy.logprobs import token_logprobs
 from marft_graph.policy.rows import Row, lay_out, padded_ids, positions, seen
 
 _BATCH_TOKENS = 256
@@ -112,6 +114,34 @@ def collate(calls: Sequence[Call], rows: Sequence[Row], device: torch.device) ->
         torch.tensor(target_N, device=device),
         torch.tensor(temperature_N, device=device),
     )
+
+
+def score(
+    policy: Policy, calls: Sequence[Call], rows: Sequence[Row], *, is_entropy_learnt: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States (N, H), log-probs (N,) and entropies (N,) of the action tokens of rows' calls.
+
+    Under the adapter that the policy uses now; `rows` is a batch as `microbatches` makes it.
+    """
+    inputs = collate(calls, rows, policy.device)
+    laid_out = [calls[index] for row in rows for index in row.members]
+    allowed_NW = None
+    if any(call.grammar for call in laid_out):
+        allowed_NW = allowed_tokens(laid_out, policy.grammars).to(policy.device)
+    hidden_BTH = policy.hidden(
+        inputs.ids_BT, is_seen_BTT=inputs.is_seen_BTT, position_ids=inputs.position_BT
+    )
+    states_NH = inputs.action_states(hidden_BTH)
+    logprobs_N, entropy_N = token_logprobs(
+        states_NH,
+        inputs.target_N,
+        inputs.temperature_N,
+        policy.logits,
+        policy.vocabulary,
+        allowed_NW,
+        is_entropy_learnt=is_entropy_learnt,
+    )
+    return states_NH, logprobs_N, entropy_N
 
 
 def token_offsets(calls: Sequence[Call]) -> list[int]:

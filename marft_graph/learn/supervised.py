@@ -9,20 +9,36 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from langchain_core.messages import AIMessage, BaseMessage
 
-from marft_graph.demonstrations import Demonstration
 from marft_graph.episode import Call
 from marft_graph.errors import DatasetError, TrainingCollapsedError
-from marft_graph.learn.batches import collate, microbatches
+from marft_graph.learn.batches import microbatches, score
 from marft_graph.policy.adapters import Policy
-from marft_graph.policy.logprobs import token_logprobs
 from marft_graph.policy.team import Team
 
 logger = logging.getLogger(__name__)
 
 Stats = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """One answer of one node, and what it answered."""
+
+    node: str
+    """Agent path."""
+    prompt: tuple[BaseMessage, ...]
+    answer: AIMessage
+    tools: tuple[dict[str, Any], ...] = ()
+    """Schemas in OpenAI form."""
+    prompt_ids: tuple[int, ...] = ()
+    """As sampled, where an adapter wrote the answer; else empty, as `completion_ids` are."""
+    completion_ids: tuple[int, ...] = ()
 
 
 def imitate(
@@ -189,19 +205,9 @@ def _backward(policy: Policy, agent: str, batch: Sequence[Call], microbatch_toke
     """Accumulate the gradient of the batch's mean loss per token; the sum of its losses."""
     count = sum(len(call.completion_ids) for call in batch)
     total = 0.0
-    for rows in microbatches(batch, microbatch_tokens):
-        inputs = collate(batch, rows, policy.device)
+    for rows in microbatches(batch, microbatch_tokens, quadratic=policy.attention_cost):
         with policy.using(agent):
-            hidden_BTH = policy.hidden(
-                inputs.ids_BT, is_seen_BTT=inputs.is_seen_BTT, position_ids=inputs.position_BT
-            )
-            logprobs_N, _ = token_logprobs(
-                inputs.action_states(hidden_BTH),
-                inputs.target_N,
-                inputs.temperature_N,
-                policy.logits,
-                policy.vocabulary,
-            )
+            _, logprobs_N, _ = score(policy, batch, rows, is_entropy_learnt=False)
             loss = -logprobs_N.sum()
             torch.autograd.backward(loss / count)
         total += loss.item()

@@ -15,7 +15,7 @@ from torch import Tensor
 from marft_graph.config import TrainConfig
 from marft_graph.episode import Call, Episode
 from marft_graph.errors import TrainingCollapsedError
-from marft_graph.learn.batches import allowed_tokens, collate, microbatches, token_offsets
+from marft_graph.learn.batches import microbatches, score, token_offsets
 from marft_graph.learn.credit import AgentBatch, assign_advantages
 from marft_graph.learn.losses import (
     action_logprobs,
@@ -27,7 +27,6 @@ from marft_graph.learn.losses import (
 from marft_graph.learn.order import sequential_factors, turns
 from marft_graph.learn.schedule import rate_share
 from marft_graph.policy.critic import ValueHead
-from marft_graph.policy.logprobs import token_logprobs
 from marft_graph.policy.rows import Row
 from marft_graph.policy.team import Team
 from marft_graph.ranks import Ranks
@@ -256,28 +255,9 @@ class Learner:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """States (N, H), log-probs (N,) and entropies (N,) of the action tokens of rows' calls."""
         policy = self._team.of(agent)
-        calls = [batch.calls[i] for i in _calls_of(rows)]
-        inputs = collate(batch.calls, rows, policy.device)
-        allowed_NW = None
-        if any(call.grammar for call in calls):
-            allowed_NW = allowed_tokens(calls, policy.grammars).to(policy.device)
+        is_learnt = self._settings.entropy_coef > 0
         with policy.using(None if is_base else agent):
-            hidden_BTH = policy.hidden(
-                inputs.ids_BT,
-                is_seen_BTT=inputs.is_seen_BTT,
-                position_ids=inputs.position_BT,
-            )
-            states_NH = inputs.action_states(hidden_BTH)
-            logprobs_N, entropy_N = token_logprobs(
-                states_NH,
-                inputs.target_N,
-                inputs.temperature_N,
-                policy.logits,
-                policy.vocabulary,
-                allowed_NW,
-                is_entropy_learnt=self._settings.entropy_coef > 0,
-            )
-        return states_NH, logprobs_N, entropy_N
+            return score(policy, batch.calls, rows, is_entropy_learnt=is_learnt)
 
     @torch.no_grad()
     def _values(self, agent: str, features_NH: Tensor) -> Tensor:

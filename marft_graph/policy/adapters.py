@@ -183,7 +183,7 @@ class Policy:
         return int(self._lm_head.weight.shape[0])
 
     @cached_property
-    def parameters(self) -> int:
+    def parameter_count(self) -> int:
         """Parameters of the base and its adapters, embeddings left out."""
         count: int = _base_of(self.model).num_parameters(exclude_embeddings=True)
         return count
@@ -192,7 +192,7 @@ class Policy:
     def attention_cost(self) -> float:
         """Work of attention between two tokens, in units of all other work for one token."""
         layers, width = int(self.config.num_hidden_layers), int(self.config.hidden_size)
-        return 2 * layers * width / max(1, self.parameters)
+        return 2 * layers * width / max(1, self.parameter_count)
 
     @property
     def end_ids(self) -> frozenset[int]:

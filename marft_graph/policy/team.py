@@ -90,7 +90,7 @@ class Team:
     def cpu_threads(self) -> int | None:
         """How many threads serve these models best; None: as many as torch chooses."""
         small = all(
-            policy.device.type == "cpu" and policy.parameters < _SHARED_FROM
+            policy.device.type == "cpu" and policy.parameter_count < _SHARED_FROM
             for policy in self.policies
         )
         return 1 if small else None

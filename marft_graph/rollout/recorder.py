@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
@@ -54,6 +54,15 @@ class RecordedCall:
     """Positions on the episode's clock: a call that ended before another began was known to it."""
     started: float
     seconds: float
+
+
+class _Began(NamedTuple):
+    """Where and when a call began."""
+
+    lineage: tuple[Any, ...]
+    attempts: tuple[tuple[str, int], ...]
+    clock: int
+    time: float
 
 
 def stable_seed(*parts: Any) -> int:
@@ -247,7 +256,7 @@ class EpisodeRecorder(Responder):
         with self._lock:
             self._futures.add(future)
         future.add_done_callback(self._settled)
-        started = time.monotonic()
+        began = _Began(lineage, attempts, begun, time.monotonic())
 
         def finish(completion: Completion) -> AIMessage:
             if not completion.ids:
@@ -258,20 +267,7 @@ class EpisodeRecorder(Responder):
                 self._note(error)
                 raise error
             message = message_for(call, codec, request, completion)
-            with self._lock:
-                recorded = RecordedCall(
-                    call=call,
-                    request=request,
-                    completion=completion,
-                    message=message,
-                    lineage=lineage,
-                    attempts=attempts,
-                    begun=begun,
-                    ended=next(self._clock),
-                    started=started - self._started,
-                    seconds=time.monotonic() - started,
-                )
-                self.calls.append(recorded)
+            self._keep(call, request, completion, message, began)
             return message
 
         return Pending(future, finish)
@@ -282,7 +278,7 @@ class EpisodeRecorder(Responder):
         attempts = self._watch.attempts(call.namespace)
         with self._lock:
             begun = next(self._clock)
-        started = time.monotonic()
+        began = _Began(lineage, attempts, begun, time.monotonic())
 
         def answered(message: AIMessage) -> None:
             reason = message.response_metadata.get("finish_reason")
@@ -294,23 +290,35 @@ class EpisodeRecorder(Responder):
                 temperature=1.0 if call.temperature is None else call.temperature
             )
             seed = stable_seed(call.node, lineage, [m.text for m in call.messages])
-            with self._lock:
-                self.calls.append(
-                    RecordedCall(
-                        call=call,
-                        request=GenerationRequest(call.agent, (), sampling, seed=seed),
-                        completion=completion,
-                        message=message,
-                        lineage=lineage,
-                        attempts=attempts,
-                        begun=begun,
-                        ended=next(self._clock),
-                        started=started - self._started,
-                        seconds=time.monotonic() - started,
-                    )
-                )
+            request = GenerationRequest(call.agent, (), sampling, seed=seed)
+            self._keep(call, request, completion, message, began)
 
         return Delegate(answered=answered)
+
+    def _keep(
+        self,
+        call: InterceptedCall,
+        request: GenerationRequest,
+        completion: Completion,
+        message: AIMessage,
+        began: _Began,
+    ) -> None:
+        """A call has been answered."""
+        with self._lock:
+            self.calls.append(
+                RecordedCall(
+                    call=call,
+                    request=request,
+                    completion=completion,
+                    message=message,
+                    lineage=began.lineage,
+                    attempts=began.attempts,
+                    begun=began.clock,
+                    ended=next(self._clock),
+                    started=began.time - self._started,
+                    seconds=time.monotonic() - began.time,
+                )
+            )
 
     def credit(self, namespace: str, amount: float) -> None:
         """Keep a reward that a task emits.

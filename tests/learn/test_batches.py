@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from marft_graph.episode import Call
-from marft_graph.learn.batches import collate, microbatches
+from marft_graph.learn.batches import collate, microbatches, score
 from marft_graph.policy.adapters import Policy
-from marft_graph.policy.logprobs import token_logprobs
 from marft_graph.policy.rows import Row
 from tests.support import make_agents
 
@@ -102,18 +101,8 @@ def logprobs_and_gradients(
     for calls in parts:
         for rows in microbatches(calls, 120):
             computed += sum(row.length for row in rows)
-            batch = collate(calls, rows, CPU)
             with policy.using("a"):
-                hidden = policy.hidden(
-                    batch.ids_BT, is_seen_BTT=batch.is_seen_BTT, position_ids=batch.position_BT
-                )
-                logprobs, _ = token_logprobs(
-                    batch.action_states(hidden),
-                    batch.target_N,
-                    batch.temperature_N,
-                    policy.logits,
-                    policy.vocabulary,
-                )
+                _, logprobs, _ = score(policy, calls, rows, is_entropy_learnt=False)
             indices = [index for row in rows for index in row.members]
             own = logprobs.split([len(calls[i].completion_ids) for i in indices])
             weighted = [(first + i) * part.sum() for i, part in zip(indices, own, strict=True)]

@@ -13,11 +13,11 @@ from typing import Any
 from marft_graph.comparison import differences
 from marft_graph.config import TrainConfig
 from marft_graph.data import as_examples
+from marft_graph.deploy.exported import exported_team
 from marft_graph.deploy.manifest import read_manifest
 from marft_graph.engine.routing import local_engine
 from marft_graph.evaluation import held_out_episodes
 from marft_graph.graph.compile import as_compiled
-from marft_graph.policy.team import Team
 from marft_graph.rollout.rewards import Rewards
 from marft_graph.run.paired import PairedDifference
 
@@ -39,9 +39,8 @@ def gain_of_each_adapter(
     app = as_compiled(graph)
     manifest = read_manifest(export_dir)
     examples = as_examples(dataset, "dataset", config.eval_examples or None)
-    folders = manifest.folders(Path(export_dir))
-    team = Team.from_folders(folders, device=config.device, dtype=manifest.dtype)
-    engine = local_engine(team, max_batch_size=config.max_batch_size)
+    team = exported_team(manifest, export_dir, device=config.device)
+    engine = local_engine(team, max_batch_size=config.max_batch_size, cache_gib=config.cache_gib)
     settings = config.replace(
         max_new_tokens=manifest.max_new_tokens, constrain_output=manifest.constrain_output
     )
