@@ -62,7 +62,7 @@ class ReferencePattern:
             with torch.no_grad():
                 parts = self._parts(ids)
                 old = torch.cat([self._logprobs(agent, part, start) for part in parts])
-                values = torch.cat([self._values(agent, part) for part in parts])
+                values = torch.cat([self._values(agent, part, start) for part in parts])
             advantages = rewards - values
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-6)
             self._update(agent, ids, start, old, advantages, rewards)
@@ -104,6 +104,16 @@ class ReferencePattern:
             rows.append(torch.stack(picked))
         return torch.stack(rows)
 
+    def _values(self, agent: str, ids: Tensor, start: int) -> Tensor:
+        """(B,): the critic's values where the prompts end, from a pass through the base alone."""
+        mask = (ids[:, :start] != self._tokenizer.pad_token_id).long()
+        with torch.no_grad(), self._models[agent].disable_adapter():
+            output = self._models[agent](
+                input_ids=ids[:, :start], attention_mask=mask, output_hidden_states=True
+            )
+        values: Tensor = self._critics[agent](output.hidden_states[-1][:, -1])
+        return values.squeeze(-1)
+
     def _update(
         self,
         agent: str,
@@ -120,7 +130,7 @@ class ReferencePattern:
             weight = advantages[part, None]
             clipped = ratio.clamp(0.8, 1.2)
             loss = -torch.minimum(ratio * weight, clipped * weight).mean()
-            error = self._values(agent, ids[part]) - returns[part]
+            error = self._values(agent, ids[part], start) - returns[part]
             loss = loss + 0.5 * error.square().mean()
             torch.autograd.backward(loss)
         optimizer.step()

@@ -37,6 +37,11 @@ logger = logging.getLogger(__name__)
 _IDLE_SECONDS = 5.0
 # Padded prompt tokens in one prefill pass; bounds its memory.
 _PREFILL_TOKENS = 16384
+# Calls that follow from answers wait so many steps for others, unless many may come already: more
+# prompts go through the model together, and the app's own work runs beside the decoding.
+_STEPS_TOGETHER = 8
+_MANY = 1 / 8
+"""As a share of the running rows."""
 # Share of the cache's memory for what answered calls left.
 _KEPT_SHARE = 0.25
 
@@ -101,6 +106,10 @@ class LocalEngine:
         self._closed = False
         self._thread: threading.Thread | None = None
         self._rows: list[_Row] = []
+        self._answered = 0
+        """Rows released since calls were admitted last: so many callers may follow."""
+        self._steps = 0
+        """Steps since the first of them."""
         policy.publish()
         _engines.add(self)
         self._cache = RowCache(policy.config, policy.device, self._max_tokens)
@@ -178,13 +187,9 @@ class LocalEngine:
         self._fail_all(EngineError("the engine was closed"))
 
     def _run(self) -> None:
-        must_wait = True
         while self._wait_for_work():
             try:
-                if must_wait and self._gate is not None:
-                    self._gate.wait()
-                self._admit()
-                must_wait = self._decode() if self._rows else True
+                self._turn()
             except Exception as error:  # an engine thread must never die with callers waiting
                 logger.exception("the local engine failed")
                 failure = EngineError(f"the local engine failed: {type(error).__name__}: {error}")
@@ -215,11 +220,27 @@ class LocalEngine:
             with contextlib.suppress(Exception):  # cancelled or resolved meanwhile
                 future.set_exception(error)
 
+    def _turn(self) -> None:
+        """Admit what may join, then release what is finished, or decode a token for every row."""
+        if self._may_admit():
+            if self._gate is not None and (self._answered or not self._rows):
+                self._gate.wait()
+            self._admit()
+        if self._rows and not self._release():
+            self._decode()
+
+    def _may_admit(self) -> bool:
+        """Whether now is the time to admit calls; a matter of counts only where there is a gate."""
+        if self._gate is None or not self._rows or not self._answered:
+            return True
+        return self._steps >= _STEPS_TOGETHER or self._answered >= _MANY * len(self._rows)
+
     def _admit(self) -> None:
         """Move waiting calls into the batch, as many as fit.
 
         What arrived before goes first; calls that arrived together go in the order of their keys.
         """
+        self._answered = self._steps = 0
         with self._changed:
             self._queue.extend(sorted(self._arrived, key=lambda item: item[0].order))
             self._arrived.clear()
@@ -273,13 +294,9 @@ class LocalEngine:
             self._rows += rows
             self._sample(rows, batch.logits_MV[torch.tensor(source, device=self._policy.device)])
 
-    def _decode(self) -> bool:
-        """Release what is finished, then sample one token for every other row.
-
-        Returns whether anything was released: then new calls may follow from the answers.
-        """
-        if self._release():
-            return True
+    def _decode(self) -> None:
+        """Sample one token for every row."""
+        self._steps += 1
         rows = self._rows
         device = self._policy.device
         lengths = [row.cached for row in rows]
@@ -288,18 +305,13 @@ class LocalEngine:
         length_B = torch.tensor(lengths, device=device)
         self._cache.prepare(length_B, longest)
         is_seen_BL = torch.arange(longest + 1, device=device) <= length_B.unsqueeze(-1)
-        ids_B1 = torch.tensor([[row.ids[-1]] for row in rows], device=device)
+        ids_B = torch.tensor([row.ids[-1] for row in rows], device=device)
         with self._policy.using_rows([row.request.agent for row in rows]):
-            hidden = self._policy.hidden(
-                ids_B1,
-                position_ids=length_B.unsqueeze(-1),
-                is_seen_BTT=is_seen_BL.unsqueeze(1),
-                past_key_values=self._cache,
-                use_cache=True,
+            hidden_BH = self._policy.step(
+                ids_B, position_B=length_B, is_seen_BL=is_seen_BL, cache=self._cache
             )
-            logits_BV = self._policy.logits(hidden[:, -1])
+            logits_BV = self._policy.logits(hidden_BH)
         self._sample(rows, logits_BV)
-        return False
 
     def _sample(self, rows: Sequence[_Row], logits_BV: Tensor) -> None:
         if any(row.grammar is not None for row in rows):
@@ -318,7 +330,7 @@ class LocalEngine:
                 row.grammar.accept(token)
 
     def _release(self) -> bool:
-        """Answer finished rows and pack the others to the front."""
+        """Answer finished rows and pack the others to the front; whether there were any."""
         finished = [(row, reason) for row in self._rows if (reason := self._finished(row))]
         if not finished:
             return False
@@ -331,6 +343,9 @@ class LocalEngine:
                 kept[hole] = last
                 self._cache.move(len(kept), hole)
         self._rows = kept
+        if not self._answered:
+            self._steps = 0
+        self._answered += len(finished)
         for row, reason in finished:
             if not row.future.set_running_or_notify_cancel():
                 continue

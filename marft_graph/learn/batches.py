@@ -136,7 +136,7 @@ def score(
         states_NH,
         inputs.target_N,
         inputs.temperature_N,
-        policy.logits,
+        policy.bound(policy.logits),
         policy.vocabulary,
         allowed_NW,
         is_entropy_learnt=is_entropy_learnt,

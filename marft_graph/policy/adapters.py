@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import json
 import re
@@ -16,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -24,12 +25,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
 )
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from marft_graph.agents import Agent
@@ -37,7 +40,9 @@ from marft_graph.errors import ConfigError, ModelError
 from marft_graph.policy.chat import TokenizerCodec
 from marft_graph.policy.grammar import Grammars
 from marft_graph.policy.lora import BASE, LoraLayers
+from marft_graph.policy.step import StepDecoder
 
+T = TypeVar("T")
 Quantization = Literal["none", "4bit"]
 # PEFT mistakes adapter names that are part of its own prefix `lora_`, such as "a", for weights.
 _PREFIX = "node-"
@@ -61,11 +66,15 @@ class Policy:
         self.config = base.config.get_text_config()
         self._decoder = base.get_decoder()
         self._lm_head = base.get_output_embeddings()
-        self._checkpointed: list[nn.Module] = []
         self._lora = LoraLayers(model)
+        self._step = StepDecoder.of(self._decoder, self._lora)
         # Which adapter a whole batch uses is a state of the one model: one user at a time.
         self._in_use = threading.RLock()
         model.eval()
+        if not self._lora.is_shared_state:  # else PEFT says whose turn it is
+            for parameters in self.adapter_parameters.values():
+                for parameter in parameters:
+                    parameter.requires_grad_(True)
         self._check_head(base)
 
     @classmethod
@@ -194,7 +203,7 @@ class Policy:
         layers, width = int(self.config.num_hidden_layers), int(self.config.hidden_size)
         return 2 * layers * width / max(1, self.parameter_count)
 
-    @property
+    @cached_property
     def end_ids(self) -> frozenset[int]:
         """Token ids that end a completion."""
         generation = _base_of(self.model).generation_config
@@ -213,11 +222,27 @@ class Policy:
 
     def checkpoint_gradients(self) -> None:
         """Keep no activations inside layers; the backward pass computes them again."""
-        base = _base_of(self.model)
-        base.activation_checkpointing_enable({"use_reentrant": False})
-        self._checkpointed = [
-            module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)
-        ]
+        for layer in _base_of(self.model).modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                # Not by the layer's own switch, which is one for all threads and costs rows their
+                # cache.
+                layer.forward = functools.partial(self._checkpointed, layer.forward)
+
+    def bound(self, forward: Callable[..., T]) -> Callable[..., T]:
+        """A function that runs under the adapter now in use, also where a backward pass calls it.
+
+        A backward pass may have a thread of its own, and comes when `using` has ended.
+        """
+        return self._lora.bound(forward)
+
+    def _checkpointed(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A layer's forward pass; where gradients are wanted, the backward pass runs it again."""
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        # Nothing in a layer is random: the model is in eval mode.
+        return checkpoint(
+            self.bound(forward), *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
 
     def hidden(self, ids_BT: Tensor, *, is_seen_BTT: Tensor | None = None, **inputs: Any) -> Tensor:
         """Last hidden states (B, T, H) of right-padded ids, under the adapters now in use.
@@ -228,12 +253,34 @@ class Policy:
         """
         inputs.setdefault("use_cache", False)
         if is_seen_BTT is not None:
-            # Added to the scores: on CPU a mask of booleans costs half as much again.
-            hidden = torch.zeros(is_seen_BTT.shape, dtype=self.dtype, device=is_seen_BTT.device)
-            hidden.masked_fill_(~is_seen_BTT, torch.finfo(self.dtype).min)
-            inputs["attention_mask"] = hidden.unsqueeze(1)
+            inputs["attention_mask"] = self._hiding(is_seen_BTT).unsqueeze(1)
         states: Tensor = self._decoder(input_ids=ids_BT, **inputs).last_hidden_state
         return states
+
+    def step(
+        self, ids_B: Tensor, *, position_B: Tensor, is_seen_BL: Tensor, cache: Cache
+    ) -> Tensor:
+        """Last hidden states (B, H) of one token per row, inside `using_rows`.
+
+        Its keys and values go to `cache`; `is_seen_BL` says which of the tokens there a row sees,
+        the new one included.
+        """
+        rows = self._lora.current_rows
+        is_seen_B1L = is_seen_BL.unsqueeze(1)
+        if self._step is not None and rows is not None:
+            return self._step(ids_B, position_B, self._hiding(is_seen_B1L), cache, rows)
+        return self.hidden(
+            ids_B.unsqueeze(-1),
+            is_seen_BTT=is_seen_B1L,
+            position_ids=position_B.unsqueeze(-1),
+            past_key_values=cache,
+            use_cache=True,
+        )[:, -1]
+
+    def _hiding(self, is_seen: Tensor) -> Tensor:
+        """What is added to the scores; on CPU a mask of booleans costs half as much again."""
+        hidden = torch.zeros(is_seen.shape, dtype=self.dtype, device=is_seen.device)
+        return hidden.masked_fill_(~is_seen, torch.finfo(self.dtype).min)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits (N, V) of hidden states, scaled or capped as the model's config asks for."""
@@ -249,21 +296,17 @@ class Policy:
     @contextlib.contextmanager
     def using(self, agent: str | None) -> Iterator[None]:
         """Run whole batches under one agent's adapter, its weights trainable; None: the base."""
+        if not self._lora.is_shared_state:
+            with self._lora.whole(BASE if agent is None else _PREFIX + agent):
+                yield
+            return
         with self._in_use:
             if agent is None:
                 with self.model.disable_adapter():
                     yield
                 return
             self.model.set_adapter(_PREFIX + agent)
-            # Layers checkpoint in train mode only: their own flag is set, while their parts stay in
-            # eval mode, which is how calls were sampled.
-            for layer in self._checkpointed:
-                layer.training = True
-            try:
-                yield
-            finally:
-                for layer in self._checkpointed:
-                    layer.training = False
+            yield
 
     @contextlib.contextmanager
     def using_rows(self, agents: Sequence[str | None]) -> Iterator[None]:

@@ -13,9 +13,10 @@ run while the learner changes the weights themselves.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -24,6 +25,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
+T = TypeVar("T")
 BASE = "__base__"
 """PEFT's name for rows that no adapter touches."""
 
@@ -38,39 +40,80 @@ class LoraLayers:
     def __init__(self, model: PeftModel) -> None:
         self._local = threading.local()
         self._layers: list[_LinearLora] = []
+        self._adapters: list[RowAdapters] = []
         self.is_shared_state = False
         """Whether rows and whole batches must not run at the same time."""
         for layer in model.modules():
-            if isinstance(layer, Linear) and _is_plain(layer):
-                self._layers.append(_LinearLora(layer, self._local))
+            if isinstance(layer, Linear) and is_plain(layer):
+                adapters = self.join([layer])
+                self._layers.append(_LinearLora(layer, adapters, self._local))
             elif isinstance(layer, LoraLayer) and isinstance(layer, nn.Module):
                 self.is_shared_state = True
                 layer.register_forward_pre_hook(self._name_rows, with_kwargs=True)
-        self.publish()
 
     @torch.no_grad()
     def publish(self) -> None:
         """Let `rows` use the adapters as they are now."""
-        for layer in self._layers:
-            layer.copy_adapters()
+        for adapters in self._adapters:
+            adapters.copy()
+
+    def join(self, layers: Sequence[nn.Module]) -> RowAdapters:
+        """The adapters of plain layers that read the same states; published with the others."""
+        adapters = RowAdapters(layers)
+        adapters.copy()
+        self._adapters.append(adapters)
+        return adapters
 
     @contextlib.contextmanager
     def rows(self, names: Sequence[str]) -> Iterator[None]:
         """Run this thread's batches with row i under adapter `names[i]` (or `BASE`)."""
-        self._local.rows = _Rows(names)
+        last: Rows | None = getattr(self._local, "last", None)
+        if last is None or last.names != names:  # else its masks are still right
+            self._local.last = last = Rows(names)
+        self._local.rows = last
         try:
             yield
         finally:
             self._local.rows = None
 
+    @contextlib.contextmanager
+    def whole(self, name: str) -> Iterator[None]:
+        """Run this thread's batches under one adapter (or `BASE`), with gradients to its weights.
+
+        PEFT's own switches walk through all modules, and are those of all threads.
+        """
+        before: str | None = getattr(self._local, "whole", None)
+        self._local.whole = name
+        try:
+            yield
+        finally:
+            self._local.whole = before
+
+    def bound(self, function: Callable[..., T]) -> Callable[..., T]:
+        """A function that runs under the adapter that `whole` now says, in whatever thread."""
+        name: str | None = getattr(self._local, "whole", None)
+        if name is None:
+            return function
+
+        def run(*args: Any, **kwargs: Any) -> T:
+            with self.whole(name):
+                return function(*args, **kwargs)
+
+        return run
+
+    @property
+    def current_rows(self) -> Rows | None:
+        """The rows that this thread now runs; None: whole batches."""
+        return getattr(self._local, "rows", None)
+
     def _name_rows(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        rows: _Rows | None = getattr(self._local, "rows", None)
+        rows = self.current_rows
         return None if rows is None else (args, {**kwargs, "adapter_names": rows.names})
 
 
-class _Rows:
+class Rows:
     """Which adapter each row of a batch has, and the masks that follow from it."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -92,31 +135,79 @@ class _Rows:
         return mask
 
 
-class _LinearLora:
-    """One linear layer with its adapters."""
+class RowAdapters:
+    """Copies of the adapters of layers that read the same states, for batches of mixed rows.
 
-    def __init__(self, layer: Linear, local: threading.local) -> None:
-        self._layer = layer
-        self._base: nn.Linear = layer.get_base_layer()  # type: ignore[assignment]
-        self._local = local
+    The outputs of several layers stand side by side; an adapter's columns of A_all are those of its
+    parts in all layers.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = [layer for layer in layers if isinstance(layer, Linear)]
+        widths = [base_layer(layer).out_features for layer in layers]
+        ends = list(itertools.accumulate(widths))
+        self._width = ends[-1]
+        self._outputs = [
+            slice(end - width, end)
+            for layer, end, width in zip(layers, ends, widths, strict=True)
+            if isinstance(layer, Linear)
+        ]
         self._layout: tuple[tuple[str, int], ...] = ()
         self._down_RI = torch.empty(0)
         self._up_RO = torch.empty(0)
         self._spans: dict[str, slice] = {}
+
+    @torch.no_grad()
+    def copy(self) -> None:
+        """Take the adapters' weights as they are now."""
+        down: list[Tensor] = []
+        up: list[Tensor] = []
+        layout = []
+        names = dict.fromkeys(name for layer in self._layers for name in layer.lora_A)
+        end = 0
+        for name in names:
+            start = end
+            for layer, outputs in zip(self._layers, self._outputs, strict=True):
+                if name not in layer.lora_A:
+                    continue
+                a_RI, b_OR, scale = weights_of(layer, name)
+                down.append(a_RI)
+                part_RO = b_OR.new_zeros(len(a_RI), self._width)
+                part_RO[:, outputs] = b_OR.t() * scale
+                up.append(part_RO)
+                end += len(a_RI)
+            layout.append((name, end - start))
+            self._spans[name] = slice(start, end)
+        self._layout = tuple(layout)
+        if down:
+            self._down_RI, self._up_RO = torch.cat(down), torch.cat(up)
+
+    def add(self, base: Tensor, x: Tensor, rows: Rows) -> Tensor:
+        """What the layers make of `x`, given what the base makes of it."""
+        if rows.only is None:
+            if not self._layout:
+                return base
+            low = functional.linear(x.to(self._down_RI.dtype), self._down_RI)
+            mask = rows.mask(self._layout, low)
+            low *= mask.view(len(mask), *[1] * (low.dim() - 2), -1)
+            return _plus(base, low, self._up_RO)
+        span = self._spans.get(rows.only)
+        if span is None:  # the base, or an adapter that leaves these layers alone
+            return base
+        low = functional.linear(x.to(self._down_RI.dtype), self._down_RI[span])
+        return _plus(base, low, self._up_RO[span])
+
+
+class _LinearLora:
+    """One linear layer with its adapters."""
+
+    def __init__(self, layer: Linear, adapters: RowAdapters, local: threading.local) -> None:
+        self._layer = layer
+        self._base = base_layer(layer)
+        self._adapters = adapters
+        self._local = local
         self._peft_forward = layer.forward
         layer.forward = self.forward  # type: ignore[method-assign]
-
-    def copy_adapters(self) -> None:
-        names = list(self._layer.lora_A.keys())
-        weights = [self._weights(name) for name in names]
-        down = [a_RI for a_RI, _, _ in weights]
-        up = [b_OR.t() * scale for _, b_OR, scale in weights]
-        self._layout = tuple(zip(names, [part.shape[0] for part in down], strict=True))
-        self._down_RI, self._up_RO = torch.cat(down), torch.cat(up)
-        end = 0
-        for name, rank in self._layout:
-            self._spans[name] = slice(end, end + rank)
-            end += rank
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What replaces PEFT's forward pass; the same numbers but for rounding."""
@@ -124,36 +215,35 @@ class _LinearLora:
             result: Tensor = self._peft_forward(x, *args, **kwargs)
             return result
         base = functional.linear(x, self._base.weight, self._base.bias)
-        rows: _Rows | None = getattr(self._local, "rows", None)
-        if rows is None:
-            return self._whole_batch(x, base)
-        if rows.only is None:
-            low = functional.linear(x.to(self._down_RI.dtype), self._down_RI)
-            mask = rows.mask(self._layout, low)
-            low *= mask.view(len(mask), *[1] * (low.dim() - 2), -1)
-            return _plus(base, low, self._up_RO)
-        span = self._spans.get(rows.only)
-        if span is None:  # the base, or an adapter that leaves this layer alone
-            return base
-        low = functional.linear(x.to(self._down_RI.dtype), self._down_RI[span])
-        return _plus(base, low, self._up_RO[span])
+        rows: Rows | None = getattr(self._local, "rows", None)
+        return self._whole_batch(x, base) if rows is None else self._adapters.add(base, x, rows)
 
     def _whole_batch(self, x: Tensor, base: Tensor) -> Tensor:
-        """The adapters that PEFT has active, with gradients."""
+        """The adapter that `whole` says, or those that PEFT has active; with gradients."""
         layer = self._layer
-        if layer.disable_adapters:
-            return base
-        for name in layer.active_adapters:
+        whole: str | None = getattr(self._local, "whole", None)
+        if whole is None:
+            names = [] if layer.disable_adapters else layer.active_adapters
+        else:
+            names = [whole]
+        for name in names:
             if name in layer.lora_A:
-                a_RI, b_OR, scale = self._weights(name)
+                a_RI, b_OR, scale = weights_of(layer, name)
                 low = functional.linear(x.to(a_RI.dtype), a_RI)
                 base = _plus(base, low, b_OR.t(), scale)
         return base
 
-    def _weights(self, name: str) -> tuple[Tensor, Tensor, float]:
-        """A (R, in), B (out, R) and the scale of an adapter."""
-        layer: Any = self._layer  # PEFT's containers are not typed
-        return layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
+
+def weights_of(layer: Linear, name: str) -> tuple[Tensor, Tensor, float]:
+    """A (R, in), B (out, R) and the scale of an adapter in a layer."""
+    own: Any = layer  # PEFT's containers are not typed
+    return own.lora_A[name].weight, own.lora_B[name].weight, float(own.scaling[name])
+
+
+def base_layer(layer: nn.Module) -> nn.Linear:
+    """The base's linear layer, which an adapter may stand around."""
+    own: nn.Linear = layer.get_base_layer() if isinstance(layer, Linear) else layer  # type: ignore[assignment]
+    return own
 
 
 def _plus(base: Tensor, low: Tensor, up_RO: Tensor, scale: float = 1.0) -> Tensor:
@@ -164,8 +254,10 @@ def _plus(base: Tensor, low: Tensor, up_RO: Tensor, scale: float = 1.0) -> Tenso
     return flat.view(base.shape)
 
 
-def _is_plain(layer: Linear) -> bool:
-    """Whether a layer is W x + s B A x with weights that torch multiplies as they are."""
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is W x, or W x + s B A x, with weights that torch multiplies as they are."""
+    if type(layer) is nn.Linear:
+        return True
     return (
         type(layer) is Linear
         and type(layer.get_base_layer()) is nn.Linear

@@ -365,7 +365,7 @@ def test_who_came_first_is_served_first(policy: Policy, monkeypatch: pytest.Monk
         engine._admit()
     done: list[int] = []
     while len(done) < 3:
-        engine._decode() if engine._rows else engine._admit()
+        engine._turn()
         done += [i for i, f in enumerate(futures) if f.done() and i not in done]
     assert done == [0, 1, 2]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from marft_graph.agents import agents_of
 from marft_graph.config import TrainConfig
+from marft_graph.policy import logprobs
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.lora import BASE
 
@@ -70,6 +71,7 @@ def test_a_whole_batch_has_the_outputs_and_gradients_of_peft(policy: Policy, age
         # PEFT's own forward pass of each layer.
         for layer in policy._lora._layers:
             layer._layer.forward = layer._peft_forward  # type: ignore[method-assign]
+        policy.model.set_adapter(f"node-{agent}")
         theirs = policy.logits(policy.hidden(ids_BT))
         torch.autograd.backward(theirs.square().mean())
         expected = [p.grad for p in policy.adapter_parameters[agent] if p.grad is not None]
@@ -107,3 +109,37 @@ def test_rows_of_one_thread_do_not_reach_another(policy: Policy) -> None:
         own = policy.logits(policy.hidden(ids_BT))
     torch.testing.assert_close(found["c"], by_peft(policy, ids_BT, ["c"]), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(own, by_peft(policy, ids_BT, ["a"]), atol=1e-4, rtol=1e-4)
+
+
+# The head of the tiny model is its embedding; PEFT warns that merging would have to untie them.
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_what_a_backward_pass_runs_again_has_the_same_adapter(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers and chunks of logits that are made twice, the second time in another thread."""
+    targets = {name: {"lora_targets": ["q_proj", "lm_head"]} for name in ("a", "b")}
+    gradients = []
+    for is_made_twice in (False, True):
+        config = TrainConfig(base_model=str(tiny_model), per_node=targets)
+        policy = Policy.load(str(tiny_model), agents_of(targets, config), device="cpu")
+        for number, parameter in enumerate(policy.adapter_parameters["b"]):
+            torch.manual_seed(number)
+            torch.nn.init.normal_(parameter, std=0.1)
+        if is_made_twice:
+            policy.checkpoint_gradients()
+            monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", 3 * policy.vocabulary)
+        target_N = torch.arange(8)
+        with policy.using("b"):
+            hidden_NH = policy.hidden(torch.arange(8).unsqueeze(0))[0]
+            logprobs_N, _ = logprobs.token_logprobs(
+                hidden_NH, target_N, torch.ones(8), policy.bound(policy.logits), policy.vocabulary
+            )
+        backward = threading.Thread(target=logprobs_N.sum().backward)
+        backward.start()
+        backward.join(timeout=60)
+        gradients.append([parameter.grad for parameter in policy.adapter_parameters["b"]])
+        assert not any(p.grad is not None for p in policy.adapter_parameters["a"])
+    for once, twice in zip(*gradients, strict=True):
+        assert once is not None
+        assert once.abs().max() > 0
+        torch.testing.assert_close(twice, once)
