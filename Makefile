@@ -91,7 +91,8 @@ browser-test: $(INSTALLED)  ## install a browser where there is none, and test t
 
 # Ratios against peers that run in turn with us: they need a machine without other work.
 benchmark-rollout: $(INSTALLED)  ## sampled tokens per second through an app, against generate and single calls
-	@$(BIN)/python benchmarks/rollout.py --json docs/benchmarks/rollout.json $(BENCHMARK_ARGS)
+	@$(BIN)/python benchmarks/rollout.py --json docs/benchmarks/rollout.json \
+	  $(if $(wildcard $(VLLM_BIN)/python),--vllm $(VLLM_BIN)/python) $(BENCHMARK_ARGS)
 
 benchmark-update: $(INSTALLED)  ## the update against a bare loop, whole steps against TRL
 	@$(BIN)/python benchmarks/update.py --json docs/benchmarks/update.json $(BENCHMARK_ARGS)

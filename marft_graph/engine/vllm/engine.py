@@ -257,7 +257,7 @@ def vllm_engine(
     servers = (
         [_found(url, config) for url in config.engine_urls]
         if config.engine_urls
-        else [_started(agents, config, run_dir)]
+        else [_started(agents, config, run_dir, on_cpu=policy.device.type == "cpu")]
     )
     pool = ServerPool(servers, in_flight=config.max_batch_size, patience=config.engine_patience)
     return VllmEngine(policy, pool, run_dir / "served_adapters")
@@ -307,7 +307,9 @@ def _found(url: str, config: TrainConfig) -> Server:
     return Server(Endpoint(url, api_key=key, timeout=config.engine_timeout))
 
 
-def _started(agents: Sequence[Agent], config: TrainConfig, run_dir: Path) -> Server:
+def _started(
+    agents: Sequence[Agent], config: TrainConfig, run_dir: Path, *, on_cpu: bool
+) -> Server:
     """A server that this run starts and stops."""
     named = agents[0].base_model
     base = Path(named).expanduser()
@@ -316,6 +318,7 @@ def _started(agents: Sequence[Agent], config: TrainConfig, run_dir: Path) -> Ser
         dtype=config.dtype,
         max_rank=max(agent.rank for agent in agents),
         adapters=len(agents) + 1,  # and the base as one
+        on_cpu=on_cpu,
         trust_remote_code=config.trust_remote_code,
         more=config.vllm_args,
     )

@@ -137,6 +137,7 @@ def server_command(
     dtype: str,
     max_rank: int,
     adapters: int,
+    on_cpu: bool = False,
     trust_remote_code: bool = False,
     more: Sequence[str] = (),
 ) -> list[str]:
@@ -145,7 +146,11 @@ def server_command(
     Log-probs are those of the distribution that is sampled from, and the model's own sampling
     defaults are off. `more` comes last, so it wins.
     """
-    flag = ["--trust-remote-code"] if trust_remote_code else []
+    flags = ["--trust-remote-code"] if trust_remote_code else []
+    if on_cpu:
+        # vLLM 0.32 on a CPU ends with "CPU Generator does not use offset" where it computes a
+        # prompt in parts for a call that has a seed.
+        flags.append("--no-enable-chunked-prefill")
     options = {
         "--model": base_model,
         "--served-model-name": "base",
@@ -162,7 +167,7 @@ def server_command(
         "vllm.entrypoints.openai.api_server",
         *(word for option in options.items() for word in option),
         "--enable-lora",
-        *flag,
+        *flags,
         *more,
     ]
 

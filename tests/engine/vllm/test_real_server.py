@@ -56,7 +56,7 @@ class RealServer:
 
     def __init__(self, python: str, log: Path) -> None:
         command = server_command(
-            str(BASE), dtype="float32", max_rank=16, adapters=3, more=ARGUMENTS
+            str(BASE), dtype="float32", max_rank=16, adapters=3, on_cpu=True, more=ARGUMENTS
         )
         self.process = ServerProcess(python, command, log)
         self.process.api_key = "key-of-the-tests"

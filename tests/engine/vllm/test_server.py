@@ -151,6 +151,12 @@ def test_the_users_arguments_come_last() -> None:
     assert command[command.index("--logprobs-mode") + 1] == "processed_logprobs"
 
 
+def test_only_on_a_cpu_are_prompts_computed_in_one_piece() -> None:
+    for on_cpu in (False, True):
+        command = server_command("m", dtype="float32", max_rank=8, adapters=2, on_cpu=on_cpu)
+        assert ("--no-enable-chunked-prefill" in command) == on_cpu
+
+
 def test_a_python_that_is_none_and_a_missing_vllm_are_told() -> None:
     with pytest.raises(ConfigError, match="vllm_python is 'no/such/python'"):
         require_vllm("no/such/python")
