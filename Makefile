@@ -108,7 +108,7 @@ benchmark-learning: $(INSTALLED)  ## every method on every workflow over five se
 	@$(BIN)/python benchmarks/learning.py --out runs/learning $(LEARNING_ARGS)
 
 docs: $(INSTALLED)  ## build the documentation site into site/
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "Built site/index.html"
 
 check: $(INSTALLED)  ## lint, format and strict types, changing nothing
