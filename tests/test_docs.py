@@ -166,6 +166,21 @@ def test_commands_have_the_form_that_they_should(
     assert wrong == []
 
 
+def test_commands_of_the_workflows_have_the_form_that_they_should(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [
+        command
+        for page in sorted((ROOT / "workflows").glob("*/README.md"))
+        for block in blocks(page)
+        if block.language in ("", "sh")
+        for command in commands(block)
+    ]
+    assert len(given) >= 16
+    assert [(command, found) for command in given if (found := problem(command))] == []
+
+
 def test_shown_forms_of_commands_have_options_that_exist() -> None:
     shown = [
         (block, line)
