@@ -30,7 +30,7 @@ PHONE = 390
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site as `make docs` builds it: not `--quiet`, which would hide warnings from `--strict`."""
+    """The site as `make docs` builds it; `--quiet` would hide warnings from `--strict`."""
     folder = tmp_path_factory.mktemp("site")
     built = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
