@@ -275,6 +275,7 @@ def own_commands(page: Path) -> list[tuple[Block, list[str]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a page is a whole road: record, warm start, train, compare, export
 @pytest.mark.parametrize(
     "page", [pytest.param(page, id=name_of(page)) for page in PAGES if own_commands(page)]
 )
