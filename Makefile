@@ -18,7 +18,7 @@ LEARNING_ARGS ?=
 BENCHMARK_ARGS ?=
 
 .PHONY: help setup demo test faults vllm-cpu browser-test benchmark-learning benchmark-rollout \
-	benchmark-update benchmark-iteration benchmark-overhead check format clean
+	benchmark-update benchmark-iteration benchmark-overhead docs check format clean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 21
@@ -107,6 +107,10 @@ benchmark-overhead: $(INSTALLED)  ## processor time that the framework adds to a
 benchmark-learning: $(INSTALLED)  ## every method on every workflow over five seeds, into runs/learning (an hour)
 	@$(BIN)/python benchmarks/learning.py --out runs/learning $(LEARNING_ARGS)
 
+docs: $(INSTALLED)  ## build the documentation site into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Built site/index.html"
+
 check: $(INSTALLED)  ## lint, format and strict types, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -117,5 +121,5 @@ format: $(INSTALLED)  ## format the code and fix what can be fixed safely
 	$(BIN)/ruff format .
 
 clean:  ## remove caches and build output (not .venv, not runs)
-	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -print | xargs rm -rf

@@ -1,9 +1,10 @@
 """Makes the pictures of the README and the docs with the program itself.
 
-    python docs/make_images.py [--run runs/demo]
+    python docs/make_images.py [--report runs/demo] [--debate runs/debate]
 
-Writes docs/images: the graph of math_duo, screenshots of the inspect page at 2, 12 and 60 nodes
-(needs the extra `browser`), and, with --run, of the report of a run. The learning curve is made by
+Writes docs/images: the graphs of some workflows, screenshots of the inspect page at 2, 12 and 60
+nodes (needs the extra `browser`), and, with folders of finished runs, of a run's report, and of the
+inspect page with a run of `workflows/debate` laid over it. The learning curve is made by
 `benchmarks/seeds.py --plot`.
 """
 
@@ -23,10 +24,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from marft_graph import compile_graph
 from marft_graph.graph.page import to_html
 from marft_graph.graph.picture import to_svg
+from marft_graph.run.overlay import overlays
+from marft_graph.run.report import timeline_section
 from tests.graph.real_apps import sixty, trading_team
+from workflows.debate.graph import graph as debate
 from workflows.math_duo.graph import graph as math_duo
+from workflows.math_trio.graph import graph as math_trio
 
 IMAGES = Path(__file__).parent / "images"
+GRAPHS = {"math_duo": math_duo, "math_trio": math_trio, "debate": debate}
 PAGES = (  # name, app, the node that is clicked, colour scheme
     ("inspect_duo", math_duo, "actor", "light"),
     ("inspect_trading_team", trading_team(), "Trader", "dark"),
@@ -49,10 +55,12 @@ def chromium() -> Iterator[Any]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", type=Path, help="a finished run folder of math_duo")
-    run = parser.parse_args().run
+    parser.add_argument("--report", type=Path, help="folder of a finished run")
+    parser.add_argument("--debate", type=Path, help="folder of a finished run of debate")
+    given = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
-    (IMAGES / "math_duo.svg").write_text(to_svg(compile_graph(math_duo)), encoding="utf-8")
+    for name, app in GRAPHS.items():
+        (IMAGES / f"{name}.svg").write_text(to_svg(compile_graph(app)), encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         for name, app, node, scheme in PAGES:
             path = Path(folder) / f"{name}.html"
@@ -61,10 +69,25 @@ def main() -> None:
             page.goto(path.as_uri())
             page.click(f'.node[data-node="{node}"]')
             page.screenshot(path=IMAGES / f"{name}.png")
-        if run is not None:
-            page = browser.new_page(viewport={"width": 1280, "height": 800})
-            page.goto((run / "report.html").resolve().as_uri())
+        if given.report is not None:
+            page = browser.new_page(viewport={"width": 1280, "height": 900})
+            page.goto((given.report / "report.html").resolve().as_uri())
             page.screenshot(path=IMAGES / "report.png")
+        if given.debate is not None:
+            path = Path(folder) / "inspect_run.html"
+            path.write_text(_with_run(given.debate), encoding="utf-8")
+            page = browser.new_page(viewport={"width": 1280, "height": 900})
+            page.goto(path.as_uri())
+            page.click('.node[data-node="judge"]')
+            page.screenshot(path=IMAGES / "inspect_run.png", full_page=True)
+
+
+def _with_run(run: Path) -> str:
+    """The page of debate's graph, as `inspect --run` writes it."""
+    flex_mg = compile_graph(debate)
+    return to_html(
+        flex_mg, title="debate", overlays=overlays(flex_mg, run), below=timeline_section(run)
+    )
 
 
 if __name__ == "__main__":

@@ -183,9 +183,9 @@ def test_a_signal_ends_with_a_checkpoint_that_resumes(workflow, tmp_path, signum
     assert read_metrics(folder)[-1]["iteration"] == done + 1
 
 
-def test_the_exit_codes_are_in_the_help_and_in_the_readme():
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    for text in (marft("--help").stdout, marft("train", "--help").stdout, readme):
+def test_the_exit_codes_are_in_the_help_and_in_the_docs():
+    page = (Path(__file__).parents[1] / "docs/guides/runs.md").read_text(encoding="utf-8")
+    for text in (marft("--help").stdout, marft("train", "--help").stdout, page):
         for word in ("130", "143", "SIGINT", "SIGTERM"):
             assert word in text, word
 

@@ -87,7 +87,7 @@ def _merged_nodes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, A
 
 def _option(spec: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Command]:
     flag = "--" + spec.name.replace("_", "-")
-    text = f"{spec.metadata['help']}  [{'; '.join(_facts(spec, hint))}]"
+    text = f"{spec.metadata['help']}  [{'; '.join(facts(spec, hint))}]"
     origin = typing.get_origin(hint)
     if hint is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", spec.name, default=None, help=text)
@@ -140,7 +140,7 @@ def _number_or_none(text: str) -> object:
         raise click.BadParameter(f"{text!r} is neither a number nor the word none") from None
 
 
-def _facts(spec: dataclasses.Field[Any], hint: Any) -> Iterator[str]:
+def facts(spec: dataclasses.Field[Any], hint: Any) -> Iterator[str]:
     """Unit, range, and default of a setting, as the help prints them."""
     if spec.metadata["unit"]:
         yield spec.metadata["unit"]
