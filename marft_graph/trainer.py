@@ -45,6 +45,7 @@ from marft_graph.learn.groups import share_of_equal_groups, without_equal_groups
 from marft_graph.learn.memory import update_within_memory
 from marft_graph.learn.supervised import imitate
 from marft_graph.learn.update import Learner
+from marft_graph.policy.fingerprint import fingerprint
 from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team
 from marft_graph.ranks import Ranks, check_ranks, own_folder
@@ -113,7 +114,8 @@ class Trainer:
         overwrite: delete what an earlier run left in `run_dir`.
         resume: continue the run in `run_dir` from its newest intact checkpoint.
         accept_changes: where a run is resumed, names of settings that may differ though they change
-            the mathematics; `graph` for the graph.
+            the mathematics; `graph` for the graph, `base_model` also for a base whose files are
+            others than before.
         extra_settings: more lines for the run's `config.yaml` (the command line's `dataset`).
 
     Raises:
@@ -181,6 +183,8 @@ class Trainer:
         try:
             self._extra_settings = dict(extra_settings or {})
             self.team = Team.load(agents, self.config)
+            bases = dict.fromkeys(agent.base_model for agent in agents)
+            self._base_files = {base: fingerprint(base) for base in bases}
             if threads := self.config.cpu_threads or self.team.cpu_threads:
                 torch.set_num_threads(threads)
             self._rates = {agent.name: agent.learning_rate for agent in agents}
@@ -334,7 +338,9 @@ class Trainer:
             for agent in self.team.agents:
                 self.team.of(agent).save_adapter(agent, staging / agent)
             metrics = {"iteration": self.iteration}
-            return write_export(staging, Path(directory), self.flex_mg, self.config, metrics)
+            return write_export(
+                staging, Path(directory), self.flex_mg, self.config, metrics, self._base_files
+            )
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -569,7 +575,7 @@ class Trainer:
         try:
             remove_leftovers(self.run_dir)
             settings = {**self.config.to_dict(), **self._extra_settings}
-            describe_run(self.run_dir, settings, self.flex_mg)
+            describe_run(self.run_dir, settings, self.flex_mg, self._base_files)
             yield MetricsLog(self.run_dir)
         finally:
             self._lock.release()
@@ -652,7 +658,7 @@ class Trainer:
 
         A run that was stopped before its first checkpoint begins again.
         """
-        check_same_run(self.run_dir, self.config, self.flex_mg, accept_changes)
+        check_same_run(self.run_dir, self.config, self.flex_mg, self._base_files, accept_changes)
         checkpoint = latest_checkpoint(self.run_dir)
         if checkpoint is None and has_checkpoints(self.run_dir):
             raise CheckpointError(
