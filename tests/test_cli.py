@@ -322,6 +322,7 @@ def test_a_target_that_does_not_exist_is_named():
         (lambda name: [{"question": "1+1"}], "returned a list; it must return a tuple of two"),
         (lambda name: int(name), "load_data('own') of w: invalid literal"),
         (lambda name: Path("no-such-file").read_text(), "load_data('own') of w: [Errno 2]"),
+        (lambda name: {}[name], "load_data('own') of w: KeyError: 'own' ("),
     ],
 )
 def test_a_data_set_that_cannot_be_loaded_is_named(
