@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,7 +87,7 @@ def read_rows(path: str | Path) -> list[Any]:
         DatasetError: there is no such file, or it cannot be read.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise DatasetError(f"{file} does not exist")
     try:
         if file.suffix == ".parquet":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import shutil
 import statistics
@@ -145,9 +146,9 @@ class Trainer:
             require_grammar_library()
         check_engine_settings(self.config)
         check_accepted(accept_changes)
-        earlier = self.config.start_from
-        if earlier is not None and (Path(earlier).expanduser() / "manifest.json").exists():
-            read_manifest(Path(earlier).expanduser())
+        earlier = os.path.expanduser(self.config.start_from or "")
+        if earlier and os.path.exists(Path(earlier) / "manifest.json"):
+            read_manifest(earlier)
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
         found = compile_graph(self.graph)
         self._reward = as_reward_function(reward)
@@ -412,6 +413,7 @@ class Trainer:
         self._is_between_steps = False
         rolled_out = time.perf_counter()
         stats, collapsed = {}, None
+        short_before = self._learner.out_of_memory
         try:
             stats = update_within_memory(self._learner, self.team, learnt, self.iteration)
         except TrainingCollapsedError as error:
@@ -429,6 +431,8 @@ class Trainer:
             "failed_by_reason": failure_reasons(episodes),
             "faults_rewarded": sum(episode.ok and bool(episode.error) for episode in episodes),
             "threads_hung": hung_threads(),
+            "out_of_memory": self._learner.out_of_memory - short_before,
+            "microbatch_tokens": self._learner.microbatch_tokens,
             "return_mean": statistics.fmean(returns) if returns else None,
             "return_std": statistics.pstdev(returns) if returns else None,
             **mean_parts(episodes),
@@ -558,6 +562,7 @@ class Trainer:
             "eval_stderr": evaluation.return_stderr,
             "eval_episodes": evaluation.episodes,
             "eval_episodes_failed": evaluation.episodes_failed,
+            "eval_failed_by_reason": evaluation.failed_by_reason,
             **more,
         }
         log.write_evaluation(row)
@@ -596,7 +601,7 @@ class Trainer:
         try:
             if self._is_between_steps and self.iteration != self._saved_iteration:
                 self._checkpoint(None)
-            write_report(self.run_dir)
+            write_report(self.run_dir, str(error) or type(error).__name__)
         except MarftError as second:
             logger.error("the run could not be saved after %s: %s", type(error).__name__, second)
 

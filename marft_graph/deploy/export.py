@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def export_run(
         CheckpointError: the run's `base_models.json` is damaged.
     """
     run = Path(run_dir)
-    if not (run / "config.yaml").is_file() or not (run / "graph.json").is_file():
+    if not all(os.path.isfile(run / name) for name in ("config.yaml", "graph.json")):
         raise ExportError(f"{run} is no run folder: it has no config.yaml and graph.json")
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
@@ -211,7 +212,7 @@ def _rank(adapter: Path) -> int:
 
 def _absolute(base_model: str) -> str:
     """A folder as an absolute path; a hub id as it is."""
-    path = Path(base_model).expanduser()
+    path = Path(os.path.expanduser(base_model))
     return str(path.resolve()) if path.is_dir() else base_model
 
 

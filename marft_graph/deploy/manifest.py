@@ -74,6 +74,11 @@ def read_manifest(export_dir: str | Path) -> Manifest:
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.get("format", FORMAT) != FORMAT:
+            raise ExportError(
+                f"{folder} has format {raw['format']!r} of exports, this version of marft-graph "
+                f"reads {FORMAT}; export the run again, or install the version that wrote it"
+            )
         given = {spec.name for spec in dataclasses.fields(Manifest) if spec.name in raw}
         manifest = Manifest(**{name: raw[name] for name in given})
         is_intact = raw["manifest_sha256"] == manifest_digest(raw)

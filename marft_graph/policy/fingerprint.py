@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -60,7 +61,7 @@ def fingerprint(base_model: str) -> dict[str, str]:
 
 def base_folder(base_model: str) -> Path | None:
     """The folder that a base is loaded from, in the cache for a hub id; None if it is not here."""
-    path = Path(base_model).expanduser()
+    path = Path(os.path.expanduser(base_model))
     if path.is_dir():
         return path
     try:

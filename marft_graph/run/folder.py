@@ -43,7 +43,7 @@ def claim_run_folder(
         return Path(f"runs/run-{number}")
     path = Path(run_dir)
     if resume:
-        if not (path / "config.yaml").is_file():
+        if not os.path.isfile(path / "config.yaml"):
             raise CheckpointError(f"nothing to resume: {path} is no run folder")
         lock.acquire(path)
         return path
@@ -75,8 +75,8 @@ def begin_in(run_dir: Path, lock: RunLock) -> None:
 
 def _is_used(path: Path) -> bool:
     """Whether there is anything in a folder but what a run writes before it begins."""
-    if not path.is_dir():
-        return path.exists()
+    if not os.path.isdir(path):  # not Path.is_dir, which raises where a name is too long
+        return os.path.exists(path)
     names = {entry.name for entry in path.iterdir() if entry.suffix != ".tmp"}
     traces = path / "traces"
     return not names <= _BEGINNINGS or (traces.is_dir() and any(traces.iterdir()))

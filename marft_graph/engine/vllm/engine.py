@@ -310,7 +310,7 @@ def _found(url: str, config: TrainConfig) -> Server:
 def _started(agents: Sequence[Agent], config: TrainConfig, run_dir: Path) -> Server:
     """A server that this run starts and stops."""
     named = agents[0].base_model
-    base = Path(named).expanduser()
+    base = Path(os.path.expanduser(named))
     command = server_command(
         str(base.resolve()) if base.is_dir() else named,
         dtype=config.dtype,
