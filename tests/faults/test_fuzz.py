@@ -1,6 +1,9 @@
 """Arbitrary input to every reader: round trips hold, and only MarftError reaches a user.
 
-A few inputs each by default, ten thousand in the slow tier.
+A few inputs each by default, ten thousand in the slow tier, about twenty minutes on one core.
+
+Hypothesis alone: atheris 3.0, guided by coverage, was tried on what only reads text (tool calls,
+names, settings). In 365,000 runs its coverage stopped growing, and it found nothing.
 """
 
 from __future__ import annotations
