@@ -67,7 +67,9 @@ def test_sixty_iterations_of_training_leave_nothing_behind() -> None:
     assert all(row["episodes"] == 16 for row in found["rows"])
     assert all(row["episodes_failed"] >= 8 for row in found["rows"])  # 2 of each of 4 kinds
     warm = found["measures"][10:]
-    for name in ("threads", "handles"):
-        assert len({measure[name] for measure in warm}) == 1, found["measures"]
+    for name in ("threads", "handles"):  # a worker may still be on its way out when it is counted
+        counts = [measure[name] for measure in warm]
+        assert max(counts[25:]) <= max(counts[:25]), counts
+        assert max(counts) - min(counts) <= 1, counts
     memory = [measure["memory"] for measure in warm]
     assert memory[-1] < 1.05 * memory[0], memory
