@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,12 +117,12 @@ def _joined(name: str, nodes: tuple[str, ...], config: TrainConfig) -> NodeSetti
 
 def _start_folder(name: str, own: NodeSettings, config: TrainConfig) -> Path | None:
     if own.start_from is not None:
-        folder = Path(own.start_from).expanduser()
+        folder = Path(os.path.expanduser(own.start_from))
     elif config.start_from is not None:
-        folder = Path(config.start_from).expanduser() / "adapters" / name
+        folder = Path(os.path.expanduser(config.start_from)) / "adapters" / name
     else:
         return None
-    if not (folder / "adapter_config.json").is_file():
+    if not os.path.isfile(folder / "adapter_config.json"):
         raise ConfigError(
             f"start_from: there is no adapter for {name!r} in {folder}; give an export folder "
             "(RUN/export), or for a node the folder that holds its adapter_config.json"

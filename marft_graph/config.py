@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -47,6 +48,11 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+_LARGEST = sys.float_info.max
+_YEAR = 365 * 86_400
+"""Seconds; threads cannot wait for much longer (`threading.TIMEOUT_MAX`)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class NodeSettings:
     """Settings of one node that differ from the run's; None: as the run says.
@@ -59,7 +65,7 @@ class NodeSettings:
         None, "name of its adapter; nodes that give the same name, or another node's, share one"
     )
     base_model: str | None = setting(None, "base model under its adapter")
-    lora_rank: int | None = setting(None, "rank of its adapter", at_least=1)
+    lora_rank: int | None = setting(None, "rank of its adapter", at_least=1, at_most=65_536)
     lora_alpha: float | None = setting(None, "LoRA scale of its adapter", above=0)
     lora_targets: tuple[str, ...] | None = setting(None, "modules that its adapter changes")
     learning_rate: float | None = setting(None, "AdamW step of its adapter", above=0)
@@ -101,6 +107,7 @@ class TrainConfig:
         "threads of torch on a CPU; none: one for a base of under 10 million parameters, whose "
         "operations are too small to be shared, else what torch chooses",
         at_least=1,
+        at_most=1024,
     )
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
         "float32", "precision of the frozen base; adapters are always float32"
@@ -122,7 +129,7 @@ class TrainConfig:
     nodes: tuple[str, ...] = setting(
         (), "nodes to train, as `inspect` names them; none: every agent"
     )
-    lora_rank: int = setting(16, "rank of each node's LoRA adapter", at_least=1)
+    lora_rank: int = setting(16, "rank of each node's LoRA adapter", at_least=1, at_most=65_536)
     lora_alpha: float = setting(32.0, "LoRA scale: updates are multiplied by alpha / rank", above=0)
     lora_targets: tuple[str, ...] = setting(
         ("all-linear",), "names of the modules that get LoRA; all-linear: every linear layer"
@@ -160,7 +167,7 @@ class TrainConfig:
         (), "engine vllm: servers that run already, such as http://gpu-1:8000"
     )
     engine_timeout: float = setting(
-        300.0, "engine vllm: deadline of one completion", unit="seconds", above=0
+        300.0, "engine vllm: deadline of one completion", unit="seconds", above=0, at_most=_YEAR
     )
     engine_patience: float = setting(
         300.0,
@@ -168,6 +175,7 @@ class TrainConfig:
         "may be away before calls fail",
         unit="seconds",
         above=0,
+        at_most=_YEAR,
     )
     vllm_python: str = setting(
         "", "engine vllm: Python of the environment that has vLLM; none: this one"
@@ -185,9 +193,14 @@ class TrainConfig:
         "memory of the local engine for keys and values; calls that need more wait",
         unit="GiB",
         above=0,
+        at_most=1_000_000,
     )
-    episode_timeout: float = setting(600.0, "deadline of one episode", unit="seconds", above=0)
-    reward_timeout: float = setting(60.0, "deadline of one reward call", unit="seconds", above=0)
+    episode_timeout: float = setting(
+        600.0, "deadline of one episode", unit="seconds", above=0, at_most=_YEAR
+    )
+    reward_timeout: float = setting(
+        60.0, "deadline of one reward call", unit="seconds", above=0, at_most=_YEAR
+    )
     reward_concurrency: int = setting(64, "reward calls that run at once", at_least=1)
     max_failed_share: float = setting(
         0.5, "stop if a larger share of an iteration's episodes fails", at_least=0, at_most=1
@@ -316,7 +329,9 @@ class TrainConfig:
     )
 
     # Run
-    seed: int = setting(0, "seed of data order, sampling and initial adapters", at_least=0)
+    seed: int = setting(
+        0, "seed of data order, sampling and initial adapters", at_least=0, at_most=2**32 - 1
+    )
     eval_every: int = setting(
         20, "iterations between evaluations; 0: only before and after", at_least=0
     )
@@ -472,6 +487,7 @@ def _node_settings(values: Any) -> Mapping[str, NodeSettings]:
 
 def _coerced(name: str, value: Any, hint: Any) -> Any:
     """The value in the type its field declares, or a ConfigError that says what is accepted."""
+    finite = "a finite number"
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Mapping:
         return _node_settings(value)
@@ -494,7 +510,8 @@ def _coerced(name: str, value: Any, hint: Any) -> Any:
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) if value == value else _reject(name, value, "a number")
+        # Compared as it is: a whole number may be too large for a float.
+        return float(value) if -_LARGEST <= value <= _LARGEST else _reject(name, value, finite)
     if hint is float and isinstance(value, str):  # YAML reads 1e-4 as a string
         try:
             return _coerced(name, float(value), float)
@@ -502,8 +519,21 @@ def _coerced(name: str, value: Any, hint: Any) -> Any:
             pass
     if hint is str and isinstance(value, str | Path):
         return str(value)
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    words = {int: "a whole number", float: finite, bool: "true or false", str: "text"}
     return _reject(name, value, words[hint])
+
+
+def accepted_range(spec: dataclasses.Field[Any]) -> str:
+    """What a setting's numbers may be, in words; empty where all are accepted.
+
+    >>> [accepted_range(spec) for spec in dataclasses.fields(TrainConfig) if spec.name == "lam"]
+    ['between 0 and 1']
+    """
+    low, high, above = (spec.metadata[key] for key in ("at_least", "at_most", "above"))
+    if low is not None and high is not None:
+        return f"between {low} and {high}"
+    bounds = (("above", above), ("at least", low), ("at most", high))
+    return ", ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
 
 
 def _reject(name: str, value: Any, accepted: str) -> typing.NoReturn:
@@ -513,11 +543,12 @@ def _reject(name: str, value: Any, accepted: str) -> typing.NoReturn:
 def _check_range(spec: dataclasses.Field[Any], value: Any) -> None:
     if value is None or isinstance(value, str | bool | tuple | Mapping):
         return
-    shown = int(value) if float(value).is_integer() else value
-    low, high, above = (spec.metadata.get(key) for key in ("at_least", "at_most", "above"))
-    if above is not None and not value > above:
-        raise ConfigError(f"{spec.name} is {shown}; it must be above {above}")
-    if low is not None and high is not None and not low <= value <= high:
-        raise ConfigError(f"{spec.name} is {shown}; it must be between {low} and {high}")
-    if low is not None and value < low:
-        raise ConfigError(f"{spec.name} is {shown}; it must be at least {low}")
+    low, high, above = (spec.metadata[key] for key in ("at_least", "at_most", "above"))
+    if (
+        (above is None or value > above)
+        and (low is None or value >= low)
+        and (high is None or value <= high)
+    ):
+        return
+    shown = int(value) if value == int(value) else value
+    _reject(spec.name, shown, accepted_range(spec))

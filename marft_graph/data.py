@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,7 +47,7 @@ def training_data(dataset: Any, seed: int) -> TrainingData:
         seed: of the shuffled order.
 
     Raises:
-        DatasetError: it is empty, no iterable, or its items are no mappings.
+        DatasetError: it is empty, no iterable, cannot be read, or its items are no mappings.
     """
     if _is_sequence(dataset):
         return ShuffledExamples(as_examples(dataset, "train_dataset"), seed)
@@ -60,7 +62,7 @@ def as_examples(dataset: Any, name: str, limit: int | None = None) -> Sequence[E
     or to `limit` examples.
 
     Raises:
-        DatasetError: it is empty, no iterable, or its items are no mappings.
+        DatasetError: it is empty, no iterable, cannot be read, or its items are no mappings.
     """
     if isinstance(dataset, Mapping):
         raise DatasetError(
@@ -68,12 +70,13 @@ def as_examples(dataset: Any, name: str, limit: int | None = None) -> Sequence[E
             "a sequence of examples"
         )
     examples: Any = dataset
-    if not _is_sequence(dataset):
-        _refuse_non_iterable(dataset, name)
-        examples = list(itertools.islice(dataset, limit))
-    if len(examples) == 0:
-        raise DatasetError(f"{name} is empty; at least one example is needed")
-    _refuse_non_mapping(examples[0], name)
+    with _reading(name):
+        if not _is_sequence(dataset):
+            _refuse_non_iterable(dataset, name)
+            examples = list(itertools.islice(dataset, limit))
+        if len(examples) == 0:
+            raise DatasetError(f"{name} is empty; at least one example is needed")
+        _refuse_non_mapping(examples[0], name)
     return examples  # type: ignore[no-any-return]
 
 
@@ -84,7 +87,7 @@ def read_rows(path: str | Path) -> list[Any]:
         DatasetError: there is no such file, or it cannot be read.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise DatasetError(f"{file} does not exist")
     try:
         if file.suffix == ".parquet":
@@ -124,11 +127,13 @@ class ShuffledExamples:
             for number in passes
         )
         skip = first - passes[0] * size
-        return [self._examples[i] for i in itertools.islice(stream, skip, skip + count)]
+        with _reading("train_dataset"):
+            return [self._examples[i] for i in itertools.islice(stream, skip, skip + count)]
 
     def peek(self, count: int) -> list[Example]:
         """The first examples of the sequence."""
-        return [self._examples[i] for i in range(min(count, len(self._examples)))]
+        with _reading("train_dataset"):
+            return [self._examples[i] for i in range(min(count, len(self._examples)))]
 
     def seek(self, position: int) -> None:
         """Go on after the first `position` examples."""
@@ -146,9 +151,10 @@ class StreamedExamples:
     """
 
     def __init__(self, source: Iterable[Example]) -> None:
-        self._memory: list[Example] | None = [] if iter(source) is source else None
+        with _reading("train_dataset"):
+            self._iterator = iter(source)
+        self._memory: list[Example] | None = [] if self._iterator is source else None
         self._source = source
-        self._iterator = iter(source)
         self._ahead: list[Example] = []
         self.position = 0
 
@@ -171,7 +177,8 @@ class StreamedExamples:
 
     def _read_ahead(self, count: int, *, is_repeated: bool = True) -> None:
         while len(self._ahead) < count:
-            found = list(itertools.islice(self._iterator, count - len(self._ahead)))
+            with _reading("train_dataset"):
+                found = list(itertools.islice(self._iterator, count - len(self._ahead)))
             if found:
                 _refuse_non_mapping(found[0], "train_dataset")
                 if self._memory is not None:
@@ -180,7 +187,8 @@ class StreamedExamples:
                 continue
             if not is_repeated and self._ahead:
                 return
-            self._iterator = self._again()
+            with _reading("train_dataset"):
+                self._iterator = self._again()
 
     def _again(self) -> Iterator[Example]:
         if self._memory is not None:
@@ -189,6 +197,20 @@ class StreamedExamples:
         if first is None:
             raise DatasetError("train_dataset is empty; at least one example is needed")
         return iter(self._source)
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Name the data set whose own code fails: a generator, a transform, a file that is gone."""
+    try:
+        yield
+    except DatasetError:
+        raise
+    except Exception as error:
+        raise DatasetError(
+            f"{name} cannot be read: {type(error).__name__}: {error} (give a datasets.Dataset, a "
+            "list of dicts or another iterable of them)"
+        ) from error
 
 
 def _is_sequence(dataset: Any) -> bool:

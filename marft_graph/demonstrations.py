@@ -7,6 +7,7 @@ messages with a node column. It knows messages, not models: `learn.supervised` m
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def chosen_episodes(
 
 
 def _from_path(path: Path, min_return: float | None, best: int | None) -> list[Demonstration]:
-    if path.is_dir():
+    if os.path.isdir(path):
         files = sorted((path / "traces").glob("iter_*.parquet"))
         if not files:
             raise DatasetError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import shutil
 import statistics
@@ -45,6 +46,7 @@ from marft_graph.learn.groups import share_of_equal_groups, without_equal_groups
 from marft_graph.learn.memory import update_within_memory
 from marft_graph.learn.supervised import imitate
 from marft_graph.learn.update import Learner
+from marft_graph.policy.fingerprint import fingerprint
 from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team
 from marft_graph.ranks import Ranks, check_ranks, own_folder
@@ -113,7 +115,8 @@ class Trainer:
         overwrite: delete what an earlier run left in `run_dir`.
         resume: continue the run in `run_dir` from its newest intact checkpoint.
         accept_changes: where a run is resumed, names of settings that may differ though they change
-            the mathematics; `graph` for the graph.
+            the mathematics; `graph` for the graph, `base_model` also for a base whose files are
+            others than before.
         extra_settings: more lines for the run's `config.yaml` (the command line's `dataset`).
 
     Raises:
@@ -143,9 +146,9 @@ class Trainer:
             require_grammar_library()
         check_engine_settings(self.config)
         check_accepted(accept_changes)
-        earlier = self.config.start_from
-        if earlier is not None and (Path(earlier).expanduser() / "manifest.json").exists():
-            read_manifest(Path(earlier).expanduser())
+        earlier = os.path.expanduser(self.config.start_from or "")
+        if earlier and os.path.exists(Path(earlier) / "manifest.json"):
+            read_manifest(earlier)
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
         found = compile_graph(self.graph)
         self._reward = as_reward_function(reward)
@@ -181,6 +184,8 @@ class Trainer:
         try:
             self._extra_settings = dict(extra_settings or {})
             self.team = Team.load(agents, self.config)
+            bases = dict.fromkeys(agent.base_model for agent in agents)
+            self._base_files = {base: fingerprint(base) for base in bases}
             if threads := self.config.cpu_threads or self.team.cpu_threads:
                 torch.set_num_threads(threads)
             self._rates = {agent.name: agent.learning_rate for agent in agents}
@@ -334,7 +339,9 @@ class Trainer:
             for agent in self.team.agents:
                 self.team.of(agent).save_adapter(agent, staging / agent)
             metrics = {"iteration": self.iteration}
-            return write_export(staging, Path(directory), self.flex_mg, self.config, metrics)
+            return write_export(
+                staging, Path(directory), self.flex_mg, self.config, metrics, self._base_files
+            )
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -406,6 +413,7 @@ class Trainer:
         self._is_between_steps = False
         rolled_out = time.perf_counter()
         stats, collapsed = {}, None
+        short_before = self._learner.out_of_memory
         try:
             stats = update_within_memory(self._learner, self.team, learnt, self.iteration)
         except TrainingCollapsedError as error:
@@ -423,6 +431,8 @@ class Trainer:
             "failed_by_reason": failure_reasons(episodes),
             "faults_rewarded": sum(episode.ok and bool(episode.error) for episode in episodes),
             "threads_hung": hung_threads(),
+            "out_of_memory": self._learner.out_of_memory - short_before,
+            "microbatch_tokens": self._learner.microbatch_tokens,
             "return_mean": statistics.fmean(returns) if returns else None,
             "return_std": statistics.pstdev(returns) if returns else None,
             **mean_parts(episodes),
@@ -552,6 +562,7 @@ class Trainer:
             "eval_stderr": evaluation.return_stderr,
             "eval_episodes": evaluation.episodes,
             "eval_episodes_failed": evaluation.episodes_failed,
+            "eval_failed_by_reason": evaluation.failed_by_reason,
             **more,
         }
         log.write_evaluation(row)
@@ -569,7 +580,7 @@ class Trainer:
         try:
             remove_leftovers(self.run_dir)
             settings = {**self.config.to_dict(), **self._extra_settings}
-            describe_run(self.run_dir, settings, self.flex_mg)
+            describe_run(self.run_dir, settings, self.flex_mg, self._base_files)
             yield MetricsLog(self.run_dir)
         finally:
             self._lock.release()
@@ -590,7 +601,7 @@ class Trainer:
         try:
             if self._is_between_steps and self.iteration != self._saved_iteration:
                 self._checkpoint(None)
-            write_report(self.run_dir)
+            write_report(self.run_dir, str(error) or type(error).__name__)
         except MarftError as second:
             logger.error("the run could not be saved after %s: %s", type(error).__name__, second)
 
@@ -652,7 +663,7 @@ class Trainer:
 
         A run that was stopped before its first checkpoint begins again.
         """
-        check_same_run(self.run_dir, self.config, self.flex_mg, accept_changes)
+        check_same_run(self.run_dir, self.config, self.flex_mg, self._base_files, accept_changes)
         checkpoint = latest_checkpoint(self.run_dir)
         if checkpoint is None and has_checkpoints(self.run_dir):
             raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -43,16 +44,17 @@ def load_target(target: str) -> Workflow:
         WorkflowError: something is missing, or the user's code raised; with file and line.
     """
     place, _, name = target.rpartition(":") if ":" in Path(target).name else (target, "", "")
-    path = Path(place).expanduser()
-    if path.is_dir():
+    # The functions of os.path say no where those of Path raise: unknown users, names too long.
+    path = Path(os.path.expanduser(place))
+    if os.path.isdir(path):
         if (path / "graph.py").is_file():
             return _load_folder(path)
         if (path / "langgraph.json").is_file():
             return _load_langgraph_json(path / "langgraph.json", "")
         raise WorkflowError(
-            f"{place} is no workflow folder: it has no graph.py and no langgraph.json"
+            f"{path} is no workflow folder: it has no graph.py and no langgraph.json"
         )
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise WorkflowError(
             f"{place} does not exist; give a workflow folder, file.py:variable or a langgraph.json"
         )
@@ -112,7 +114,8 @@ def _load_langgraph_json(path: Path, name: str) -> Workflow:
     try:
         graphs = json.loads(path.read_text(encoding="utf-8"))["graphs"]
         entries = {
-            key: value if isinstance(value, str) else value["path"] for key, value in graphs.items()
+            key: str(value if isinstance(value, str) else value["path"])
+            for key, value in graphs.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WorkflowError(
@@ -155,22 +158,26 @@ def _variable(path: Path, name: str, named_in: Path | None = None) -> Any:
             raise WorkflowError(f"{path}{_line_with(path, f'{name} = ')}: {error}") from error
     if isinstance(value, Pregel) or not callable(value):
         return value
+    try:
+        parameters = inspect.signature(value).parameters.values()
+    except ValueError as error:
+        raise WorkflowError(f"{where}: {name} is no graph, and makes none: {error}") from error
     needed = [
         p.name
-        for p in inspect.signature(value).parameters.values()
+        for p in parameters
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     if len(needed) > 1:
         raise WorkflowError(f"{where}: {name} needs arguments {needed}; it may take a config only")
     try:
         return value({}) if needed else value()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise WorkflowError(_import_problem(path, error)) from error
 
 
 def _line_with(path: Path, text: str) -> str:
     """`, line N` of the first line of a file that has a text; empty where none has."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return next((f", line {n}" for n, line in enumerate(lines, 1) if text in line), "")
 
 

@@ -168,6 +168,18 @@ def test_options_of_every_kind_reach_the_settings(no_training, tmp_path):
     assert (config.level, config.iterations, config.base_model) == ("action", 3, "org/model")
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [s for s in dataclasses.fields(TrainConfig) if isinstance(s.metadata["at_least"], int)],
+    ids=lambda spec: spec.name,
+)
+def test_every_setting_with_a_least_value_takes_it_as_an_option(no_training, tmp_path, spec):
+    value = spec.metadata["at_least"]
+    option = "--" + spec.name.replace("_", "-")
+    marft("train", "w", "--run-dir", tmp_path / "run", option, value)
+    assert getattr(no_training[-1]["config"], spec.name) == value
+
+
 @pytest.mark.parametrize(("option", "expected"), [((), "own"), (("--dataset", "gsm8k"), "gsm8k")])
 def test_dataset_goes_to_the_workflow_and_into_the_runs_settings(
     no_training, tmp_path, option, expected
@@ -234,6 +246,8 @@ def test_train_prints_returns_report_and_how_to_use_the_adapters(
         (("--group-size", "2.5"), "Invalid value for '--group-size'"),
         (("--level", "word"), "Invalid value for '--level'"),
         (("--value-clip", "some"), "'some' is neither a number nor the word none"),
+        (("--cpu-threads", "1.5"), "'1.5' is neither a whole number nor the word none"),
+        (("--per-node", "a.lora_rank=["), "'[' is no YAML value"),
         (("--learningrate", "1"), "No such option"),
         (("--overwrite", "--resume"), "exclude each other"),
         (("--config", "/no/such.yaml"), "/no/such.yaml"),
@@ -308,6 +322,7 @@ def test_a_target_that_does_not_exist_is_named():
         (lambda name: [{"question": "1+1"}], "returned a list; it must return a tuple of two"),
         (lambda name: int(name), "load_data('own') of w: invalid literal"),
         (lambda name: Path("no-such-file").read_text(), "load_data('own') of w: [Errno 2]"),
+        (lambda name: {}[name], "load_data('own') of w: KeyError: 'own' ("),
     ],
 )
 def test_a_data_set_that_cannot_be_loaded_is_named(

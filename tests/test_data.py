@@ -83,5 +83,51 @@ def test_items_that_are_no_mappings_are_named() -> None:
         training_data(3, 0)
 
 
+class Broken:
+    """A data set whose own code fails, as a transform or a remote file does."""
+
+    def __init__(self, *, after: int = 0) -> None:
+        self._after = after
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, at: int) -> dict[str, int]:
+        if at >= self._after:
+            raise KeyError("no column n")
+        return {"n": at}
+
+
+def fails_after(count: int) -> Iterator[dict[str, int]]:
+    yield from ROWS[:count]
+    raise OSError("the disk is gone")
+
+
+def test_a_data_set_that_fails_while_it_is_read_is_named() -> None:
+    for dataset in (Broken(), pandas_like()):
+        with pytest.raises(DatasetError, match=r"train_dataset cannot be read: KeyError.*list of"):
+            training_data(dataset, 0)
+    with pytest.raises(DatasetError, match=r"train_dataset cannot be read: KeyError: 'no column"):
+        training_data(Broken(after=1), 0).take(5)
+    with pytest.raises(DatasetError, match="train_dataset cannot be read: OSError: the disk"):
+        training_data(fails_after(2), 0).take(5)
+    with pytest.raises(DatasetError, match="eval_dataset cannot be read: OSError: the disk"):
+        as_examples(fails_after(2), "eval_dataset")
+
+
+def pandas_like() -> object:
+    """What a user of pandas may give: items are columns there, not rows."""
+    import pandas as pd
+
+    return pd.DataFrame({"n": [1, 2]})
+
+
+@pytest.mark.parametrize("dataset", ["text", b"bytes", None, 3, object(), {"train": ROWS}, [[1]]])
+def test_what_is_no_data_set_is_named(dataset) -> None:
+    for name, read in (("train", training_data), ("eval", as_examples)):
+        with pytest.raises(DatasetError, match=f"{name}_dataset"):
+            read(dataset, 0 if name == "train" else "eval_dataset")
+
+
 def test_held_out_streams_are_read_to_their_limit() -> None:
     assert len(as_examples(Endless(), "eval_dataset", 3)) == 3

@@ -15,12 +15,14 @@ import pytest
 import torch
 from langchain_core.language_models.chat_models import BaseChatModel
 
-from marft_graph import Trainer
+from marft_graph import Trainer, bind
+from marft_graph.deploy.export import export_run
 from marft_graph.errors import (
     CheckpointError,
     ConfigError,
     DatasetError,
     EpisodesFailedError,
+    ExportError,
     GraphError,
     ModelError,
     RewardError,
@@ -29,7 +31,7 @@ from marft_graph.errors import (
 from marft_graph.run.stopping import Stopped
 from marft_graph.run.tracking import read_evaluations, read_metrics
 from tests.apps import duo, solo, voters
-from tests.support import weights
+from tests.support import save_random_model, weights
 from tests.training import config, reward
 
 
@@ -282,6 +284,34 @@ def test_changes_that_the_user_accepts_do_not_keep_a_run_from_being_resumed(
     assert make(solo(), resume=True, accept_changes=["graph"]).iteration == 2
     with pytest.raises(ConfigError, match="'learning_rat' is no setting"):
         make(resume=True, accept_changes=["learning_rat"])
+
+
+def test_a_base_model_that_changed_under_its_name_is_noticed(
+    make: Callable[..., Trainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = save_random_model(tmp_path / "base")
+    longer = config(base, iterations=3)
+    result = make(config=config(base)).train(progress=False)
+    save_random_model(base, seed=1)
+    with pytest.raises(CheckpointError, match=r"another base model.*another model\.safetensors \("):
+        make(config=longer, resume=True)
+    with pytest.raises(ExportError, match=r"another base model.*another model\.safetensors now"):
+        bind(duo(), result.export)
+    with pytest.raises(ExportError, match="another base model"):
+        export_run(result.run_dir, tmp_path / "merged", merged=True)
+    bind(duo(), result.export, base_model=str(base))
+    assert "were trained on another base model" in caplog.text
+    make(config=longer, resume=True, accept_changes=["base_model"]).train(progress=False)
+    assert "going on with another base model" in caplog.text
+    make(config=longer, resume=True)  # what was accepted is now the run's
+    bind(duo(), result.export)
+
+
+def test_a_run_that_recorded_no_base_model_can_be_resumed(make: Callable[..., Trainer]) -> None:
+    result = make().train(progress=False)
+    (result.run_dir / "base_models.json").unlink()
+    make(resume=True).train(progress=False)
+    assert (result.run_dir / "base_models.json").exists()
 
 
 def test_export_writes_peft_folders_and_a_manifest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,11 @@ def needs_two(one, two):
 
 def raises():
     raise RuntimeError("no key")
+
+def leaves():
+    raise SystemExit("set a key")
+
+builtin = max
 """
 
 
@@ -77,9 +83,14 @@ def test_a_langgraph_json_names_its_graph(app: Path) -> None:
         ("./app.py:grph", r"app\.py \(named in .*\.json, line 1\) has no variable 'grph'; its"),
         ("./gone.py:graph", r"names \./gone\.py, which does not exist"),
         ("./app.py", r"it must be file\.py:variable"),
+        ({"path": 3}, r"it must be file\.py:variable"),
+        ({"file": "./app.py:graph"}, r"must hold {\"graphs\""),
+        (None, r"must hold {\"graphs\""),
     ],
 )
-def test_a_langgraph_json_that_names_what_is_not_there(app: Path, entry: str, message: str) -> None:
+def test_a_langgraph_json_that_names_what_is_not_there(
+    app: Path, entry: object, message: str
+) -> None:
     manifest = app.parent / "langgraph.json"
     manifest.write_text(json.dumps({"graphs": {"main": entry}}))
     with pytest.raises(WorkflowError, match=message):
@@ -98,6 +109,8 @@ def test_a_langgraph_json_without_graphs_shows_what_it_needs(tmp_path: Path) -> 
         ("graf", "no variable 'graf'; its graphs are: builder, graph"),
         ("needs_two", "needs_two needs arguments"),
         ("raises", r"app\.py, line 24: RuntimeError: no key"),
+        ("leaves", r"app\.py, line 27: SystemExit: set a key"),
+        ("builtin", "builtin is no graph, and makes none"),
     ],
 )
 def test_a_variable_that_is_no_graph_is_named(app: Path, name: str, message: str) -> None:
@@ -111,6 +124,7 @@ def test_a_variable_that_is_no_graph_is_named(app: Path, name: str, message: str
         ("x = 1\nimport not_installed_at_all\n", r"line 2: ModuleNotFoundError.*pip install"),
         ("x = 1\n\ndef broken(:\n", r"line 3: invalid syntax"),
         ("x = 1\ny = x / 0\n", r"line 2: ZeroDivisionError"),
+        ("x = 1\0\n", r"source code string cannot contain null bytes|null byte"),
         ("raise SystemExit('set OPENAI_API_KEY')\n", r"line 1: SystemExit: set OPENAI_API_KEY"),
     ],
 )
@@ -131,6 +145,30 @@ def test_a_folder_without_a_graph_and_a_path_that_is_not_there_are_named(tmp_pat
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(WorkflowError, match="neither a Python file"):
         load_target(str(tmp_path / "notes.txt"))
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["", ".", "..", "/", "~nobody-has-this-name/app", "a\0b", "\udcff", "x" * 5000, ":", "::"],
+)
+def test_whatever_is_given_as_a_target_is_loaded_or_refused(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(WorkflowError, match=r"is no workflow folder|does not exist"):
+        load_target(target)
+
+
+def test_files_that_are_no_text_are_named(tmp_path: Path) -> None:
+    for name in ("langgraph.json", "app.py"):
+        (tmp_path / name).write_bytes(b"\xff\xfe\0")
+        with pytest.raises(WorkflowError, match=re.escape(name)):
+            load_target(str(tmp_path / name))
+    (tmp_path / "graph.py").mkdir()
+    (tmp_path / "langgraph.json").unlink()
+    with pytest.raises(WorkflowError, match=r"no graph\.py"):
+        load_target(str(tmp_path))
 
 
 def test_a_relative_base_model_is_one_beside_the_config(app: Path, tmp_path: Path) -> None:

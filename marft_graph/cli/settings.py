@@ -16,7 +16,7 @@ from typing import Any, Literal
 import click
 import yaml
 
-from marft_graph.config import TrainConfig, read_yaml
+from marft_graph.config import TrainConfig, accepted_range, read_yaml
 
 Command = Callable[..., Any]
 _NONE = object()  # the user asked for None; an option that was not given is None itself
@@ -108,8 +108,10 @@ def _option(spec: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Comm
     if hint == str | None:
         return click.option(flag, spec.name, default=None, metavar="TEXT", help=text)
     if origin is types.UnionType:
+        kind = next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+        metavar = f"{'INTEGER' if kind is int else 'FLOAT'}|none"
         return click.option(
-            flag, spec.name, type=_number_or_none, default=None, metavar="FLOAT|none", help=text
+            flag, spec.name, type=_number_or_none(kind), default=None, metavar=metavar, help=text
         )
     return click.option(flag, spec.name, type=hint, default=None, help=text)
 
@@ -126,31 +128,34 @@ def _node_values(
             raise click.BadParameter(
                 f"{text!r} is not NODE.SETTING=VALUE, as in planner.lora_rank=8"
             )
-        found.setdefault(node, {})[name] = yaml.safe_load(value)
+        try:
+            found.setdefault(node, {})[name] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            raise click.BadParameter(f"{text!r}: {value!r} is no YAML value: {error}") from None
     return found or None
 
 
-def _number_or_none(text: str) -> object:
-    """A number, or the mark that `given_settings` turns into None."""
-    if text.lower() == "none":
-        return _NONE
-    try:
-        return float(text)
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is neither a number nor the word none") from None
+def _number_or_none(kind: type[int] | type[float]) -> Callable[[str], object]:
+    """Reads a number, or the mark that `given_settings` turns into None."""
+
+    def read(text: str) -> object:
+        if text.lower() == "none":
+            return _NONE
+        try:
+            return kind(text)
+        except ValueError:
+            number = "a whole number" if kind is int else "a number"
+            raise click.BadParameter(f"{text!r} is neither {number} nor the word none") from None
+
+    return read
 
 
 def facts(spec: dataclasses.Field[Any], hint: Any) -> Iterator[str]:
     """Unit, range, and default of a setting, as the help prints them."""
     if spec.metadata["unit"]:
         yield spec.metadata["unit"]
-    low, high, above = (spec.metadata[key] for key in ("at_least", "at_most", "above"))
-    if above is not None:
-        yield f"above {above}"
-    if low is not None and high is not None:
-        yield f"{low} to {high}"
-    elif low is not None:
-        yield f"at least {low}"
+    if accepted := accepted_range(spec):
+        yield accepted
     if typing.get_origin(hint) in (tuple, Mapping):
         yield "repeatable"
     yield f"default {_shown(() if spec.default is dataclasses.MISSING else spec.default)}"

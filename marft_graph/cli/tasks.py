@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,13 @@ def loaded(load_data: Callable[..., Any], dataset: str | None, workflow: str) ->
     asked = f"load_data({'' if dataset is None else repr(dataset)}) of {workflow}"
     try:
         loaded = load_data() if dataset is None else load_data(dataset)
-    except (ValueError, OSError) as error:  # bad names and paths; other errors are bugs
+    except (ValueError, OSError) as error:  # bad names and paths: the message says it all
         raise DatasetError(f"{asked}: {error}") from error
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise DatasetError(
+            f"{asked}: {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+        ) from error
     if not isinstance(loaded, tuple) or len(loaded) != 2:
         raise DatasetError(
             f"{asked} returned a {type(loaded).__name__}; it must return a tuple of two data sets, "

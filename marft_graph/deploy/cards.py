@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer
 
 from marft_graph.policy.chat import PLAIN_TEMPLATE
+from marft_graph.policy.fingerprint import base_folder
 from marft_graph.policy.tool_formats import detect_format
 
 _TOOL_PARSERS = {
@@ -52,10 +52,8 @@ def template_of(base_model: str, number: int = 1) -> ChatTemplate | None:
 
 def revision_of(base_model: str) -> str | None:
     """The commit of a hub model that was used, as the cache has it; None for a folder."""
-    if Path(base_model).is_dir():
-        return None
-    cached = try_to_load_from_cache(base_model, "config.json")
-    return Path(cached).parent.name if isinstance(cached, str) else None
+    folder = base_folder(base_model)
+    return None if folder is None or Path(base_model).is_dir() else folder.name
 
 
 def model_card(adapter: str, manifest: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,20 @@ from typing import Any
 from marft_graph.agents import base_model_of
 from marft_graph.config import TrainConfig, read_yaml
 from marft_graph.deploy.cards import model_card, revision_of, template_of
-from marft_graph.deploy.manifest import FORMAT, MANIFEST, digest_of, files_of, manifest_digest
+from marft_graph.deploy.manifest import (
+    FORMAT,
+    MANIFEST,
+    check_same_bases,
+    digest_of,
+    files_of,
+    manifest_digest,
+)
 from marft_graph.deploy.merged import write_merged
 from marft_graph.deploy.serving import compose, vllm_commands
 from marft_graph.errors import CheckpointError, ExportError
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.run.checkpoint import latest_checkpoint, write_folder_atomically
+from marft_graph.run.folder import read_base_files
 
 _VERSIONED = ("marft-graph", "torch", "transformers", "peft", "langgraph", "langchain-core")
 
@@ -43,12 +52,13 @@ def export_run(
         metrics: more figures for the manifest and the model cards.
 
     Raises:
-        ExportError: `run_dir` is no run folder, `out_dir` exists and is not empty, or `nodes` has
-            none of the run's.
+        ExportError: `run_dir` is no run folder, `out_dir` exists and is not empty, `nodes` has
+            none of the run's, or a base model to merge into is another than in training.
         ModelError: a base model to merge into cannot be loaded.
+        CheckpointError: the run's `base_models.json` is damaged.
     """
     run = Path(run_dir)
-    if not (run / "config.yaml").is_file() or not (run / "graph.json").is_file():
+    if not all(os.path.isfile(run / name) for name in ("config.yaml", "graph.json")):
         raise ExportError(f"{run} is no run folder: it has no config.yaml and graph.json")
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
@@ -67,6 +77,7 @@ def export_run(
         flex_mg,
         TrainConfig.from_mapping(settings),
         known | dict(metrics or {}),
+        read_base_files(run),
         merged=merged,
         nodes=nodes,
     )
@@ -78,13 +89,15 @@ def write_export(
     flex_mg: FlexMG,
     config: TrainConfig,
     metrics: Mapping[str, Any],
+    base_files: Mapping[str, Mapping[str, str]],
     *,
     merged: bool = False,
     nodes: Sequence[str] | None = None,
 ) -> Path:
     """Copy adapter folders (`adapters/NAME`) to `out_dir` with manifest, model cards and README.
 
-    The folder is whole or not there, as with checkpoints.
+    `base_files` has the `fingerprint` of each base model as it was in training, where that is
+    known. The folder is whole or not there, as with checkpoints.
 
     Raises:
         ExportError, ModelError: as `export_run`.
@@ -98,7 +111,15 @@ def write_export(
         return write_folder_atomically(
             out_dir,
             lambda folder: _fill(
-                folder, out_dir, adapters, flex_mg, config, metrics, kept, merged=merged
+                folder,
+                out_dir,
+                adapters,
+                flex_mg,
+                config,
+                metrics,
+                base_files,
+                kept,
+                merged=merged,
             ),
             manifest=False,
         )
@@ -113,16 +134,18 @@ def _fill(
     flex_mg: FlexMG,
     config: TrainConfig,
     metrics: Mapping[str, Any],
+    base_files: Mapping[str, Mapping[str, str]],
     kept: Sequence[str],
     *,
     merged: bool,
 ) -> None:
     """Write into `folder` what is to be `out_dir`."""
     of_node = {node: flex_mg.adapter(node) for node in kept}
-    bases = {
-        name: _absolute(base_model_of([n for n in kept if of_node[n] == name], config))
+    named = {
+        name: base_model_of([n for n in kept if of_node[n] == name], config)
         for name in dict.fromkeys(of_node.values())
     }
+    bases = {name: _absolute(base) for name, base in named.items()}
     for name in bases:
         target = folder / "adapters" / name
         shutil.copytree(adapters / name, target)
@@ -137,6 +160,7 @@ def _fill(
             "path": f"adapters/{name}",
             "base_model": base,
             "revision": revision_of(base),
+            "base_files": base_files.get(named[name], {}),
             "lora_rank": _rank(folder / "adapters" / name),
             "chat_template": templates[base].file if base in templates else None,
             "tool_parser": templates[base].tool_parser if base in templates else "hermes",
@@ -159,6 +183,7 @@ def _fill(
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
     }
     if merged:
+        check_same_bases(out_dir, listed, bases)
         manifest["merged"] = write_merged(folder, bases, config.dtype)
     for name in listed:
         card = model_card(name, manifest)
@@ -187,7 +212,7 @@ def _rank(adapter: Path) -> int:
 
 def _absolute(base_model: str) -> str:
     """A folder as an absolute path; a hub id as it is."""
-    path = Path(base_model).expanduser()
+    path = Path(os.path.expanduser(base_model))
     return str(path.resolve()) if path.is_dir() else base_model
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from marft_graph.errors import ExportError
+from marft_graph.policy.fingerprint import differing, fingerprint
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -25,7 +26,8 @@ class Manifest:
     nodes: Mapping[str, str]
     """Agent path -> name of its adapter; several may share one."""
     adapters: Mapping[str, Mapping[str, Any]]
-    """Name -> `path` of the adapter's folder, relative to the export folder, and `base_model`."""
+    """Name -> `path` of the adapter's folder, relative to the export folder, `base_model`, and
+    `base_files`, the base's `fingerprint` in training, where that is known."""
     max_new_tokens: int
     metrics: Mapping[str, Any]
     sha256: Mapping[str, str]
@@ -72,6 +74,11 @@ def read_manifest(export_dir: str | Path) -> Manifest:
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.get("format", FORMAT) != FORMAT:
+            raise ExportError(
+                f"{folder} has format {raw['format']!r} of exports, this version of marft-graph "
+                f"reads {FORMAT}; export the run again, or install the version that wrote it"
+            )
         given = {spec.name for spec in dataclasses.fields(Manifest) if spec.name in raw}
         manifest = Manifest(**{name: raw[name] for name in given})
         is_intact = raw["manifest_sha256"] == manifest_digest(raw)
@@ -99,6 +106,30 @@ def read_manifest(export_dir: str | Path) -> Manifest:
         if name not in digests:
             raise ExportError(f"{folder} is damaged: {name} is not in its manifest")
     return manifest
+
+
+def check_same_bases(
+    export_dir: Path, adapters: Mapping[str, Mapping[str, Any]], bases: Mapping[str, str]
+) -> None:
+    """Refuse base models whose files are others than those that the adapters were trained on.
+
+    Args:
+        export_dir: for the message.
+        adapters: as in `Manifest.adapters`.
+        bases: adapter -> the base model to use.
+
+    Raises:
+        ExportError: names the files.
+        ModelError: they cannot be read.
+    """
+    recorded = {base: adapters[name].get("base_files") or {} for name, base in bases.items()}
+    for base, files in recorded.items():
+        if names := differing(files, fingerprint(base)):
+            raise ExportError(
+                f"the adapters in {export_dir} were trained on another base model: {base} has "
+                f"another {', '.join(names)} now (put the old files back, or give base_model to "
+                "use what is there all the same)"
+            )
 
 
 def files_of(folder: Path) -> list[str]:

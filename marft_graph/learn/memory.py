@@ -78,6 +78,7 @@ def _halve(learner: Learner, episodes: Sequence[Episode], iteration: int, proble
             "max_new_tokens or lora_rank, quantization, or a smaller base model"
         )
     learner.microbatch_tokens = tokens // 2
+    learner.out_of_memory += 1
     logger.warning(
         "the update of iteration %d ran out of memory (%s); trying again with microbatch_tokens=%d",
         iteration,

@@ -56,6 +56,8 @@ class Learner:
         self.rate_scale = 1.0
         """Multiplies every adapter's learning rate; lowered after a collapse."""
         self.microbatch_tokens = settings.microbatch_tokens
+        self.out_of_memory = 0
+        """How often an update has been done again, in smaller micro-batches."""
         """Most padded tokens in a forward pass; lowered where memory is short."""
         self.optimizers = {
             agent: torch.optim.AdamW(

@@ -11,6 +11,7 @@ import copy
 import functools
 import importlib.util
 import json
+import os
 import re
 import threading
 import warnings
@@ -399,7 +400,7 @@ def load_base(
         raise ConfigError(
             "base_model is empty; give a hub id such as Qwen/Qwen2.5-0.5B-Instruct or a folder"
         )
-    path = Path(base_model).expanduser()
+    path = Path(os.path.expanduser(base_model))
     looks_local = base_model.startswith((".", "~", "/")) or base_model.count("/") != 1
     if looks_local and not path.is_dir() and (path.is_absolute() or "/" in base_model):
         raise ModelError(

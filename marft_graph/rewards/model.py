@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -163,7 +164,7 @@ def _settle(future: Future[float], outcome: float | Exception) -> None:
 
 
 def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     source = str(path) if path.is_dir() else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)

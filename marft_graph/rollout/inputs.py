@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -25,11 +26,17 @@ def graph_inputs(
     Without `inputs`, an example's keys that the graph's input schema has are handed over.
 
     Raises:
-        DatasetError: there is no example, or one lacks the graph's keys.
+        DatasetError: there is no example, or one is no mapping or lacks the graph's keys.
     """
     listed = list(examples)
     if not listed:
         raise DatasetError("the data set is empty; at least one example is needed")
+    for example in listed:
+        if not isinstance(example, Mapping):
+            raise DatasetError(
+                f"an example is {reprlib.repr(example)}, a {type(example).__name__}; each must be "
+                "a mapping such as {'question': ..., 'answer': ...}"
+            )
     if inputs is not None:
         return listed, [_converted(inputs, example) for example in listed]
     known, required = input_keys(graph)
@@ -60,10 +67,11 @@ def _selected(example: Mapping[str, Any], known: frozenset[str], required: froze
         return given
     missing = sorted(required - given.keys()) or sorted(known)
     keys = ", ".join(map(repr, example)) or "none"
+    names = [key for key in example if isinstance(key, str)]
     pairs = [
         f"{close[0]!r} looks like {name!r}"
         for name in missing
-        if (close := difflib.get_close_matches(name, list(example), n=1, cutoff=0.5))
+        if (close := difflib.get_close_matches(name, names, n=1, cutoff=0.5))
     ]
     raise DatasetError(
         f"an example has the keys {keys}; the graph's input has "

@@ -1,4 +1,4 @@
-"""The run folder: which one a run may use, and the two files that describe the run.
+"""The run folder: which one a run may use, and the files that describe the run.
 
 Never deletes or replaces what it was not told to.
 """
@@ -20,8 +20,9 @@ from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.graph.picture import to_svg
 from marft_graph.run.lock import LOCK, RunLock
 
+_BASES = "base_models.json"
 # What a run that was killed before it had begun may have left.
-_BEGINNINGS = frozenset({LOCK, "traces", "graph.json", "graph.svg"})
+_BEGINNINGS = frozenset({LOCK, "traces", "graph.json", "graph.svg", _BASES})
 
 
 def claim_run_folder(
@@ -42,7 +43,7 @@ def claim_run_folder(
         return Path(f"runs/run-{number}")
     path = Path(run_dir)
     if resume:
-        if not (path / "config.yaml").is_file():
+        if not os.path.isfile(path / "config.yaml"):
             raise CheckpointError(f"nothing to resume: {path} is no run folder")
         lock.acquire(path)
         return path
@@ -74,8 +75,8 @@ def begin_in(run_dir: Path, lock: RunLock) -> None:
 
 def _is_used(path: Path) -> bool:
     """Whether there is anything in a folder but what a run writes before it begins."""
-    if not path.is_dir():
-        return path.exists()
+    if not os.path.isdir(path):  # not Path.is_dir, which raises where a name is too long
+        return os.path.exists(path)
     names = {entry.name for entry in path.iterdir() if entry.suffix != ".tmp"}
     traces = path / "traces"
     return not names <= _BEGINNINGS or (traces.is_dir() and any(traces.iterdir()))
@@ -94,26 +95,50 @@ def _empty(path: Path) -> None:
         raise CheckpointError(f"cannot delete the run in {path}: {error}") from error
 
 
-def describe_run(run_dir: Path, settings: Mapping[str, Any], flex_mg: FlexMG) -> None:
-    """Write `graph.json`, `graph.svg` and `config.yaml` into the folder, made where needed.
+def describe_run(
+    run_dir: Path,
+    settings: Mapping[str, Any],
+    flex_mg: FlexMG,
+    base_files: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Write what describes the run into its folder, which is made where needed.
 
-    `config.yaml` comes last: where it is, the folder is a run's.
+    `graph.json` and `graph.svg`, `base_models.json` (base model -> `fingerprint`), and
+    `config.yaml`, which comes last: where it is, the folder is a run's.
 
     Raises:
         CheckpointError: the disk is full or the folder not writable.
     """
     graph = json.dumps(flex_mg.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    bases = json.dumps(base_files, indent=2, ensure_ascii=False) + "\n"
     text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
     try:
         (run_dir / "traces").mkdir(parents=True, exist_ok=True)
         for name, content in (
             ("graph.json", graph),
             ("graph.svg", to_svg(flex_mg)),
+            (_BASES, bases),
             ("config.yaml", text),
         ):
             write_text_atomically(run_dir / name, content)
     except OSError as error:
         raise CheckpointError(f"cannot write the run folder {run_dir}: {error}") from error
+
+
+def read_base_files(run_dir: Path) -> dict[str, dict[str, str]]:
+    """The `fingerprint` of each base model of a run; none in a run of 0.1.0.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = run_dir / _BASES
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {str(base): dict(files.items()) for base, files in found.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error!r}") from error
 
 
 def write_text_atomically(path: Path, text: str) -> None:

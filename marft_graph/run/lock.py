@@ -45,7 +45,7 @@ class RunLock:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot write to the run folder {run_dir}: {error}") from error
         try:
             _lock(handle, path)

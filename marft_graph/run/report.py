@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,18 @@ from marft_graph.run.paired import paired_difference
 from marft_graph.run.timeline import to_timeline
 from marft_graph.run.tracking import read_evaluations, read_metrics
 from marft_graph.run.trajectories import read_traces
+from marft_graph.run.troubles import troubles_section
+from marft_graph.secret import without_secrets
 
 _SAMPLES = 4
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, stopped_by: str = "") -> Path:
     """Write `report.html` into a run folder; its path.
+
+    Args:
+        run_dir: the run folder.
+        stopped_by: the error that ended the run, to be shown at the top.
 
     Raises:
         CheckpointError: the folder has no graph.json, its metrics or traces are damaged, or the
@@ -48,6 +53,7 @@ def write_report(run_dir: Path) -> Path:
     )
     parts = [
         f"<h1>{html.escape(run_dir.resolve().name)}</h1>",
+        _stop(stopped_by),
         _headline(rows, evaluations, before, after),
         "<h2>Dependency graph</h2>",
         graph_view(flex_mg, overlays(flex_mg, run_dir)),
@@ -55,8 +61,7 @@ def write_report(run_dir: Path) -> Path:
         _curves(rows, evaluations),
         _spending(rows),
         comparison_section(run_dir),
-        _collapses(rows),
-        _failures(rows),
+        troubles_section(rows, evaluations),
         _samples(before, after),
     ]
     page = (
@@ -72,6 +77,12 @@ def write_report(run_dir: Path) -> Path:
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
     return path
+
+
+def _stop(stopped_by: str) -> str:
+    if not stopped_by:
+        return ""
+    return f"<p><b>The run was stopped:</b> {readable_text(without_secrets(stopped_by))}</p>"
 
 
 def timeline_section(run_dir: Path) -> str:
@@ -192,37 +203,6 @@ def _spending(rows: Sequence[Mapping[str, Any]]) -> str:
         f"<tr><th>rollout</th><td>{rollout:.1f} s, "
         f"{tokens / max(rollout, 1e-9):.0f} tokens/s</td></tr>"
         f"<tr><th>update</th><td>{update:.1f} s</td></tr></table>"
-    )
-
-
-def _collapses(rows: Sequence[Mapping[str, Any]]) -> str:
-    found = [row for row in rows if row.get("collapsed")]
-    if not found:
-        return ""
-    lines = "".join(
-        f"<tr><td>{row['iteration']}</td><td>{readable_text(row['collapsed'])}</td></tr>"
-        for row in found
-    )
-    return (
-        "<h2>Collapses</h2><p>After each, the last good checkpoint was put back with lower "
-        "learning rates.</p><table><tr><th>iteration</th><th>what was wrong</th></tr>"
-        f"{lines}</table>"
-    )
-
-
-def _failures(rows: Sequence[Mapping[str, Any]]) -> str:
-    reasons: Counter[str] = Counter()
-    for row in rows:
-        reasons.update(row.get("failed_by_reason") or {})
-    if not reasons:
-        return "<h2>Failures</h2><p>No training episode failed.</p>"
-    lines = "".join(
-        f"<tr><td>{readable_text(reason)}</td><td>{count}</td></tr>"
-        for reason, count in reasons.most_common()
-    )
-    return (
-        "<h2>Failures</h2><p>Failed episodes are dropped, never trained on.</p>"
-        f"<table><tr><th>reason</th><th>episodes</th></tr>{lines}</table>"
     )
 
 

@@ -1,4 +1,4 @@
-"""Whether a run may go on: the same graph and settings, or changes that the user has accepted.
+"""Whether a run may go on: the same graph, base and settings, or changes that the user accepts.
 
 Reads what the run folder says of the run; weights and optimizers are `state`'s business.
 """
@@ -8,17 +8,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from marft_graph.config import TrainConfig, read_yaml
 from marft_graph.errors import CheckpointError, ConfigError
 from marft_graph.graph.flex_mg import FlexMG
+from marft_graph.policy.fingerprint import differing
+from marft_graph.run.folder import read_base_files
 
 logger = logging.getLogger(__name__)
 
 GRAPH = "graph"
 """What `accept_changes` calls a change of the graph."""
+BASE = "base_model"
+"""What it calls a change of a base model, in name or in content."""
 # Settings that may differ when a run is continued: they change no iteration's mathematics.
 _FREE = frozenset(
     {
@@ -57,19 +61,27 @@ def check_accepted(names: Collection[str]) -> None:
 
 
 def check_same_run(
-    run_dir: Path, config: TrainConfig, flex_mg: FlexMG, accepted: Collection[str] = ()
+    run_dir: Path,
+    config: TrainConfig,
+    flex_mg: FlexMG,
+    base_files: Mapping[str, Mapping[str, str]],
+    accepted: Collection[str] = (),
 ) -> None:
-    """Refuse to continue a run with another graph or with settings that change its mathematics.
+    """Refuse to continue a run with a graph, base or settings that change its mathematics.
 
     Args:
         run_dir: folder of the run.
         config: settings to go on with.
         flex_mg: graph to go on with.
-        accepted: settings that may change all the same, and `graph`.
+        base_files: `fingerprint` of each base model to go on with. A run that recorded none
+            may go on.
+        accepted: settings that may change all the same, and `graph`. `base_model` stands for what
+            is in the bases' files too.
 
     Raises:
         ConfigError: a setting differs; the message has both values of each.
-        CheckpointError: the graph differs, and how; or the run's own files cannot be read.
+        CheckpointError: the graph or a base's files differ, and how; or the run's own files
+            cannot be read.
     """
     saved = read_yaml(run_dir / "config.yaml")
     free = _FREE | set(accepted)
@@ -91,6 +103,11 @@ def check_same_run(
         )
     for name in changed.keys() & set(accepted):
         logger.warning("going on with another %s: %r -> %r", name, *changed[name])
+    _check_same_graph(run_dir, flex_mg, accepted)
+    _check_same_bases(run_dir, base_files, accepted)
+
+
+def _check_same_graph(run_dir: Path, flex_mg: FlexMG, accepted: Collection[str]) -> None:
     try:
         graph = FlexMG.from_dict(json.loads((run_dir / "graph.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -103,3 +120,23 @@ def check_same_run(
         )
     if differences:
         logger.warning("going on with another graph: %s", "; ".join(differences))
+
+
+def _check_same_bases(
+    run_dir: Path, base_files: Mapping[str, Mapping[str, str]], accepted: Collection[str]
+) -> None:
+    """Compare what stands under the bases' names now with what stood there."""
+    before = read_base_files(run_dir)
+    changed = {
+        base: names
+        for base, files in base_files.items()
+        if (names := differing(before.get(base, {}), files))
+    }
+    text = "; ".join(f"{base} has another {', '.join(names)}" for base, names in changed.items())
+    if changed and BASE not in accepted:
+        raise CheckpointError(
+            f"{run_dir} trained on another base model: {text} (put the old files back, or to go on "
+            f"all the same: accept_changes, here {BASE})"
+        )
+    if changed:
+        logger.warning("going on with another base model: %s", text)

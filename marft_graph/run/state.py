@@ -84,4 +84,6 @@ def read_state(folder: Path) -> RunState:
             raise ValueError(f"not all of {counts} are counts")
         return state
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"cannot read the run's state from {path}: {error}") from error
+        raise CheckpointError(
+            f"cannot read the run's state from {path} (did another version write it?): {error}"
+        ) from error

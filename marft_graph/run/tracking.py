@@ -106,7 +106,7 @@ def _rewrite(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         return []
     *lines, tail = path.read_bytes().split(b"\n")
     rows = [_row(line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]

@@ -113,9 +113,9 @@ def read_traces(path: str | Path) -> list[Episode]:
     """
     try:
         table = pq.read_table(path, partitioning=None)
+        missing = [name for name in _NEEDED if name not in table.column_names]
     except (OSError, ValueError, TypeError, LookupError, pa.ArrowException) as error:
         raise CheckpointError(f"cannot read traces from {path}: {error}") from error
-    missing = [name for name in _NEEDED if name not in table.column_names]
     if missing:
         raise CheckpointError(f"{path} holds no traces: it has no column {', '.join(missing)}")
     by_episode: dict[int, list[dict[str, Any]]] = {}

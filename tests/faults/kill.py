@@ -39,7 +39,7 @@ from tests.apps import duo
 from tests.support import save_random_model
 from tests.training import EXAMPLES, reward
 
-LIMIT_SECONDS = 120.0
+LIMIT_SECONDS = 400.0
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 

@@ -1,4 +1,4 @@
-"""An app that fails in every way: each episode accounted for, nothing leaks, nothing hangs."""
+"""Apps that fail in every way: each episode accounted for, nothing leaks, nothing hangs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from tests.faults.soak import FAULTS
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def soak(episodes: int, rollouts: int, *, seconds: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.faults.soak"]
+def soak(module: str, *options: object, seconds: float) -> dict[str, Any]:
     done = subprocess.run(
-        [*command, "--episodes", str(episodes), "--rollouts", str(rollouts), "--timeout", "8"],
+        [sys.executable, "-m", f"tests.faults.{module}", *map(str, options)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -45,7 +44,7 @@ def assert_accounted_for(found: dict[str, Any], episodes: int) -> None:
 
 @pytest.mark.timeout(200)
 def test_episodes_that_fail_in_every_way_are_accounted_for() -> None:
-    found = soak(200, 2, seconds=190)
+    found = soak("soak", "--episodes", 200, "--rollouts", 2, "--timeout", 8, seconds=190)
     assert_accounted_for(found, 200)
     assert max(found["hung"]) > 0  # cancelled, and their threads known
 
@@ -53,8 +52,24 @@ def test_episodes_that_fail_in_every_way_are_accounted_for() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_ten_thousand_of_them_leave_no_memory_behind() -> None:
-    found = soak(10_000, 20, seconds=3500)
+    found = soak("soak", "--episodes", 10_000, "--rollouts", 20, "--timeout", 8, seconds=3500)
     assert_accounted_for(found, 10_000)
     memory = [measure["memory"] for measure in found["measures"]]
     warm = max(memory[:4])
     assert memory[-1] < 1.05 * warm, memory
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_sixty_iterations_of_training_leave_nothing_behind() -> None:
+    found = soak("soak_training", "--iterations", 60, "--timeout", 4, seconds=1700)
+    assert len(found["rows"]) == 60
+    assert all(row["episodes"] == 16 for row in found["rows"])
+    assert all(row["episodes_failed"] >= 8 for row in found["rows"])  # 2 of each of 4 kinds
+    warm = found["measures"][10:]
+    for name in ("threads", "handles"):  # a worker may still be on its way out when it is counted
+        counts = [measure[name] for measure in warm]
+        assert max(counts[25:]) <= max(counts[:25]), counts
+        assert max(counts) - min(counts) <= 1, counts
+    memory = [measure["memory"] for measure in warm]
+    assert memory[-1] < 1.05 * memory[0], memory

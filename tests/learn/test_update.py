@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,33 @@ def test_greedy_calls_and_failed_episodes_teach_nothing(tiny_model: Path) -> Non
     failed = [dataclasses.replace(e, status="failed: timeout") for e in sampled_episodes(policy, 8)]
     assert own.update(failed, iteration=2) == {}
     assert same(before, weights(policy, "actor"))
+
+
+def emptied(policy: Policy, episodes: list[Episode]) -> list[Episode]:
+    """The episodes with completions that end at once: nothing but the end of the sequence."""
+    (end,) = policy.end_ids
+
+    def cut(call: Call) -> Call:
+        with torch.no_grad(), policy.using(call.agent):
+            logits = policy.logits(policy.hidden(torch.tensor([call.prompt_ids])))[0, -1]
+        logprob = float(logits.log_softmax(-1)[end])
+        return dataclasses.replace(call, completion_ids=(end,), logprobs=(logprob,))
+
+    return [dataclasses.replace(e, calls=tuple(map(cut, e.calls))) for e in episodes]
+
+
+@pytest.mark.parametrize(
+    ("level", "how"), [("token", "token"), ("action", "sum"), ("action", "word")]
+)
+def test_answers_without_a_word_are_learnt_from(tiny_model: Path, level: str, how: str) -> None:
+    policy, own = learner(tiny_model, level=level, action_logprob=how)
+    episodes = emptied(policy, sampled_episodes(policy, 8))
+    before = weights(policy, "actor")
+    stats = own.update(episodes, iteration=1)["actor"]
+    assert not same(before, weights(policy, "actor"))
+    assert stats["logprob_gap"] < 1e-4  # the learner sees what was sampled
+    numbers = [value for value in stats.values() if isinstance(value, int | float)]
+    assert all(math.isfinite(value) for value in numbers), stats
 
 
 def test_the_critic_learns_the_return(tiny_model: Path) -> None:

@@ -214,6 +214,17 @@ def duo_asking_for_question():
     return builder.compile()
 
 
+@pytest.mark.parametrize("bad", ["text", 3, None, ["q"]])
+def test_an_example_among_others_that_is_no_mapping_is_refused(bad, engine):
+    with pytest.raises(DatasetError, match=f"an example is .*{type(bad).__name__}; each must be"):
+        run_episodes(duo(), [{"q": "1"}, bad], engine=engine)
+
+
+def test_keys_that_are_no_text_are_refused_like_others(engine):
+    with pytest.raises(DatasetError, match="an example has the keys 1; the graph's input has"):
+        run_episodes(duo(), [{1: "x"}], engine=engine)
+
+
 def test_a_missing_key_of_an_explicit_input_schema_is_refused(engine):
     builder = StateGraph(
         TypedDict("Whole", {"q": str, "context": str, "a": str}),
@@ -300,10 +311,29 @@ def test_a_reward_that_raises_stops_the_run_with_the_example(engine):
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-@pytest.mark.parametrize("bad", [None, "1.0", float("nan"), float("inf"), {"actor": None}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *(None, "1.0", b"1", [], [1.0], object(), 1j, 10**400, Reward),
+        *(float("nan"), float("inf"), -float("inf")),
+        *({"actor": None}, {"actor": float("nan")}, {"actor": "1"}),
+    ],
+)
 def test_a_reward_that_is_no_number_is_refused(bad, engine):
     with pytest.raises(RewardError, match="finite number"):
         run_episodes(duo(), examples(1), engine=engine, reward=lambda e, s: bad)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({"outcome": None}, {"outcome": "1"}, {"outcome": 10**400}, {"parts": {"a": "b"}}),
+        *({"nodes": {"actor": float("inf")}}, {"nodes": None}, {"nodes": [1]}, {"parts": 3}),
+    ],
+)
+def test_a_reward_object_that_holds_no_numbers_stops_the_run_with_the_example(bad, engine):
+    with pytest.raises(RewardError, match=r"the reward function raised .* on example {'q': '0'"):
+        run_episodes(duo(), examples(1), engine=engine, reward=lambda e, s: Reward(**bad))
 
 
 def test_a_reward_that_hangs_stops_the_run(engine):

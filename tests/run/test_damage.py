@@ -174,8 +174,17 @@ def test_resuming_goes_on_from_the_checkpoint_before_a_damaged_one(
     verify(run / "checkpoints" / "step_2")
 
 
-@pytest.mark.parametrize("name", ["graph.json", "config.yaml"])
-@pytest.mark.parametrize("damage", [truncated, emptied, missing])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *(
+            (name, d)
+            for name in ("graph.json", "config.yaml")
+            for d in (truncated, emptied, missing)
+        ),
+        *(("base_models.json", d) for d in (truncated, emptied)),  # a run of 0.1.0 has none
+    ],
+)
 def test_a_run_folder_without_its_description_is_named(
     run: Path, tiny_model: Path, name: str, damage: Damage
 ) -> None:

@@ -145,6 +145,48 @@ def test_every_chart_is_well_formed(tmp_path: Path) -> None:
         ElementTree.fromstring(drawing)
 
 
+def test_every_trouble_of_a_run_is_shown_with_its_count(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    log = MetricsLog(folder)
+    trouble = {
+        "failed_by_reason": {"EngineError in writer": 7},
+        "faults_rewarded": 3,
+        "threads_hung": 2,
+        "out_of_memory": 2,
+        "microbatch_tokens": 1024,
+        "collapsed": "writer: the policy loss is nan",
+        "engine": {"servers": 2, "servers_up": 1, "servers_lost": 5, "calls_retried": 9},
+    }
+    log.write(training_row(3, 0.1) | trouble)
+    log.write(training_row(4, 0.1) | {"threads_hung": 1, "out_of_memory": 0})
+    log.write_evaluation(
+        {"iteration": 4, "eval_return": 0.5, "eval_failed_by_reason": {"timeout & co": 11}}
+    )
+    page = write_report(folder, "no disk <left>").read_text(encoding="utf-8")
+    assert "The run was stopped:</b> no disk &lt;left&gt;" in page
+    assert "10 training episodes failed" in page  # seven here, one in each other row
+    assert "<td>EngineError in writer</td><td>7</td>" in page
+    assert "11 held-out episodes failed" in page
+    assert "<td>timeout &amp; co</td><td>11</td>" in page
+    assert "<td>3</td><td>writer: the policy loss is nan</td>" in page
+    assert "3 training episodes ended with an error that is the policy's own" in page.replace(
+        "&#x27;", "'"
+    )
+    assert "At most 2 threads at once were left behind" in page
+    assert "ran out of memory 2 times and were done again, with micro-batches of 1024" in page
+    assert "vLLM servers: 5 times a server was lost, 9 calls that were tried again." in page
+
+
+def test_a_run_without_troubles_says_so(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    (folder / "metrics.jsonl").unlink()
+    MetricsLog(folder).write(training_row(1, 0.3) | {"failed_by_reason": {}, "out_of_memory": 0})
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "No training episode failed" in page
+    assert "No held-out episode failed" in page
+    assert not re.search("Collapses|stopped|out of memory|left behind|vLLM servers", page)
+
+
 def test_an_unfinished_run_has_a_report(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run")
     for log in ("metrics.jsonl", "evaluations.jsonl"):

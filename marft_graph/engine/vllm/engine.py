@@ -312,7 +312,7 @@ def _started(
 ) -> Server:
     """A server that this run starts and stops."""
     named = agents[0].base_model
-    base = Path(named).expanduser()
+    base = Path(os.path.expanduser(named))
     command = server_command(
         str(base.resolve()) if base.is_dir() else named,
         dtype=config.dtype,

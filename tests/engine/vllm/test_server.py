@@ -134,11 +134,14 @@ def test_it_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> N
     wait_for(lambda: not is_alive(int(pid)))
 
 
-def test_its_key_is_not_on_the_command_line(process: ServerProcess) -> None:
+def test_it_listens_on_loopback_and_its_key_is_not_on_the_command_line(
+    process: ServerProcess,
+) -> None:
     process.ensure_running()
     wait_for(lambda: is_answering(process.url))
     line = Path(f"/proc/{process.pid}/cmdline").read_text()
     assert "stand_in.py" in line
+    assert "--host\x00127.0.0.1\x00" in line
     assert process.api_key not in line
 
 
