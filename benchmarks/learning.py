@@ -182,7 +182,8 @@ def evaluations(run_dir: Path) -> list[dict[str, Any]]:
     for row in read_metrics(run_dir):
         now, before = row["iteration"], row["iteration"] - 1
         episodes[now] = episodes[before] + row["episodes"]
-        seconds[now] = seconds[before] + row["seconds_rollout"] + row["seconds_update"]
+        waited = row.get("seconds_waited", row["seconds_rollout"])
+        seconds[now] = seconds[before] + waited + row["seconds_update"]
     return [
         {
             "iteration": row["iteration"],

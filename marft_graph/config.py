@@ -53,6 +53,17 @@ _YEAR = 365 * 86_400
 """Seconds; threads cannot wait for much longer (`threading.TIMEOUT_MAX`)."""
 
 
+class _ByStaleness:
+    """The default of `importance_cap`, which `staleness` decides."""
+
+    def __str__(self) -> str:
+        return "2 with staleness, else none"
+
+
+_BY_STALENESS = _ByStaleness()
+_STALE_CAP = 2.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class NodeSettings:
     """Settings of one node that differ from the run's; None: as the run says.
@@ -214,6 +225,14 @@ class TrainConfig:
         "stop", "what a reward function that fails does: stop the run, or drop its episode"
     )
 
+    staleness: int = setting(
+        0,
+        "asynchronous training: updates that the weights which sample may lag behind those that "
+        "learn. The rollouts of so many iterations run ahead, beside the update; 0: rollout and "
+        "update take turns",
+        unit="updates",
+        at_least=0,
+    )
     filter_rounds: int = setting(
         0,
         "dynamic filtering: examples whose episodes all have one return are left out, and up to "
@@ -285,9 +304,9 @@ class TrainConfig:
         above=0,
     )
     importance_cap: float | None = setting(
-        None,
+        _BY_STALENESS,
         "weigh tokens by the learner's over the engine's probability, at most this; for engines "
-        "whose log-probs differ from the learner's",
+        "whose log-probs differ from the learner's, and for episodes of older weights",
         above=0,
     )
     update_order: Literal["simultaneous", "alternating", "sequential"] = setting(
@@ -349,8 +368,15 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.importance_cap, _ByStaleness):
+            object.__setattr__(self, "importance_cap", _STALE_CAP if self.staleness else None)
         _check_fields(self)
         fault_rewards_of(self.fault_rewards)
+        if self.staleness and self.importance_cap is None:
+            raise ConfigError(
+                f"importance_cap is none, with staleness {self.staleness}; what older weights "
+                f"sampled must be weighed: leave it out ({_STALE_CAP:g}), or give a number"
+            )
 
     @property
     def episodes_per_iteration(self) -> int:
@@ -370,7 +396,10 @@ class TrainConfig:
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with some settings changed."""
-        return type(self).from_mapping({**self.to_dict(), **changes})
+        values = {**self.to_dict(), **changes}
+        if self.importance_cap is None and "importance_cap" not in changes:
+            del values["importance_cap"]  # staleness may change, which decides
+        return type(self).from_mapping(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML or JSON (tuples become lists)."""
@@ -438,16 +467,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _check_names(cls: type[Any], values: Mapping[str, Any], where: str = "") -> None:
+def _check_names(cls: type[Any], values: Mapping[str, Any]) -> None:
     """Refuse names that are no fields of a class of settings."""
     known = [spec.name for spec in dataclasses.fields(cls)]
     for name in values:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(
-                f"unknown setting {name!r}{where}{hint} (see `marft-graph train --help`)"
-            )
+            raise ConfigError(f"unknown setting {name!r}{hint} (see `marft-graph train --help`)")
 
 
 def _check_fields(settings: Any) -> None:
@@ -476,8 +503,8 @@ def _node_settings(values: Any) -> Mapping[str, NodeSettings]:
                 raise ConfigError(
                     f"per_node: {node} is {own!r}; it must be a mapping such as {{lora_rank: 8}}"
                 )
-            _check_names(NodeSettings, own, f" of node {node!r}")
             try:
+                _check_names(NodeSettings, own)
                 own = NodeSettings(**own)
             except ConfigError as error:
                 raise ConfigError(f"per_node: {node}: {error}") from None

@@ -33,6 +33,10 @@ class TrainingData(Protocol):
         """Some examples to look at, at most `count`; the position stays."""
         ...
 
+    def put_back(self, examples: Sequence[Example]) -> None:
+        """Take the examples that were taken last again; the position goes back with them."""
+        ...
+
     def seek(self, position: int) -> None:
         """Go on after the first `position` examples."""
         ...
@@ -135,6 +139,10 @@ class ShuffledExamples:
         with _reading("train_dataset"):
             return [self._examples[i] for i in range(min(count, len(self._examples)))]
 
+    def put_back(self, examples: Sequence[Example]) -> None:
+        """Take the examples that were taken last again."""
+        self.position -= len(examples)
+
     def seek(self, position: int) -> None:
         """Go on after the first `position` examples."""
         self.position = position
@@ -169,6 +177,11 @@ class StreamedExamples:
         """The next examples; a short stream is not repeated for them."""
         self._read_ahead(count, is_repeated=False)
         return self._ahead[:count]
+
+    def put_back(self, examples: Sequence[Example]) -> None:
+        """Take the examples that were taken last again."""
+        self._ahead = [*examples, *self._ahead]
+        self.position -= len(examples)
 
     def seek(self, position: int) -> None:
         """Read and drop what was taken before."""

@@ -129,6 +129,12 @@ def check_ranks(ranks: Ranks, config: TrainConfig) -> None:
             f"engine is {config.engine!r}, with {ranks.count} processes; several processes sample "
             "with engine local, or one process uses many servers (engine_urls)"
         )
+    if ranks.count > 1 and config.staleness:
+        raise ConfigError(
+            f"staleness is {config.staleness}, with {ranks.count} processes; rollouts run beside "
+            "updates in a single process only: set staleness to 0, or use one process with many "
+            "servers (engine vllm)"
+        )
 
 
 def own_folder(ranks: Ranks, run_dir: str | Path | None, *, resume: bool) -> str | Path | None:

@@ -14,7 +14,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,36 +23,34 @@ import torch
 from langgraph.pregel import Pregel
 
 from marft_graph.agents import Agent, adapters_of, agents_of
-from marft_graph.config import TrainConfig, rollout_settings
+from marft_graph.ahead import RolloutsAhead, check_weights_can_be_kept
+from marft_graph.config import TrainConfig
 from marft_graph.data import as_examples, training_data
 from marft_graph.demonstrations import Source, read_demonstrations
 from marft_graph.deploy.export import export_run, write_export
 from marft_graph.deploy.manifest import read_manifest
-from marft_graph.engine.local import LocalEngine
-from marft_graph.engine.routing import RoutingEngine, local_engine
+from marft_graph.engine.routing import local_engine
 from marft_graph.engine.vllm.engine import VllmEngine, check_engine_settings, vllm_engine
-from marft_graph.episode import Episode
 from marft_graph.errors import (
     CheckpointError,
     ConfigError,
     DatasetError,
-    EpisodesFailedError,
     MarftError,
     TrainingCollapsedError,
 )
 from marft_graph.evaluation import EVAL_SEED, Evaluation, failure_reasons, summarize
 from marft_graph.graph.compile import as_compiled, compile_graph
-from marft_graph.learn.groups import share_of_equal_groups, without_equal_groups
+from marft_graph.learn.groups import share_of_equal_groups
 from marft_graph.learn.memory import update_within_memory
 from marft_graph.learn.supervised import imitate
 from marft_graph.learn.update import Learner
 from marft_graph.policy.fingerprint import fingerprint
 from marft_graph.policy.grammar import require_grammar_library
-from marft_graph.policy.team import Team
+from marft_graph.policy.team import Team, Weights
 from marft_graph.ranks import Ranks, check_ranks, own_folder
 from marft_graph.rollout.quiescence import hung_threads
 from marft_graph.rollout.rewards import Rewards, as_reward_function, mean_parts
-from marft_graph.rollout.runner import check_examples, run_episodes
+from marft_graph.rollout.runner import check_examples
 from marft_graph.run.checkpoint import (
     has_checkpoints,
     latest_checkpoint,
@@ -65,10 +63,11 @@ from marft_graph.run.health import Health
 from marft_graph.run.lock import RunLock
 from marft_graph.run.report import write_report
 from marft_graph.run.resume import check_accepted, check_same_run
-from marft_graph.run.state import RunState, load_weights, read_state, write_state
+from marft_graph.run.state import RunState, load_weights, read_plans, read_state, write_state
 from marft_graph.run.stopping import Stopped, stop_requests
 from marft_graph.run.tracking import MetricsLog, TrainingProgress, read_metrics
 from marft_graph.run.trajectories import write_traces
+from marft_graph.sampling import Sampler, TrainingEngine, check_staleness
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +151,6 @@ class Trainer:
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
         found = compile_graph(self.graph)
         self._reward = as_reward_function(reward)
-        self._inputs = inputs
         self._data = training_data(train_dataset, self.config.seed)
         shown = self._data.peek(_SHOWN_EXAMPLES)
         self._eval = None
@@ -186,6 +184,7 @@ class Trainer:
             self.team = Team.load(agents, self.config)
             bases = dict.fromkeys(agent.base_model for agent in agents)
             self._base_files = {base: fingerprint(base) for base in bases}
+            check_weights_can_be_kept(self.team, self.config)
             if threads := self.config.cpu_threads or self.team.cpu_threads:
                 torch.set_num_threads(threads)
             self._rates = {agent.name: agent.learning_rate for agent in agents}
@@ -195,16 +194,30 @@ class Trainer:
                 kl_ceiling=self.config.kl_ceiling,
                 return_floor=self.config.return_floor,
             )
-            self._known_greedy: set[str] = set()
             self._state = RunState()
             self._is_between_steps = True
             """Whether weights, metrics and data position are those of one iteration."""
             self._saved_iteration: int | None = None
-            # The version of the weights as they are, where the engine does not have them yet.
-            self._unpublished: int | None = 0
-            if resume:
-                self._resume(accept_changes)
+            plans = self._resume(accept_changes) if resume else {}
+            self._weights = self._weights_now()
             self._engine = self._make_engine(agents)
+            self._sampler = Sampler(
+                self.graph,
+                self._engine,
+                self._data,
+                self.config,
+                reward=self._reward,
+                adapters={node: self.flex_mg.adapter(node) for node in self.nodes},
+                inputs=inputs,
+                ranks=self._ranks,
+            )
+            self._ahead = RolloutsAhead(
+                self._sampler,
+                staleness=self.config.staleness,
+                iterations=self.config.iterations,
+                patience=self.config.stop_timeout,
+                plans=plans,
+            )
         except BaseException:
             self._lock.release()
             raise
@@ -233,10 +246,11 @@ class Trainer:
             bar = TrainingProgress(self.config.iterations, start=self.iteration, enabled=shown)
             try:
                 with bar:
-                    before = self._first_evaluation(log)
-                    while self._goes_on() and not self._ranks.any(stop.is_set()):
-                        bar.update(self._step(log))
-                    stop.check(is_asked=self._ranks.any(stop.is_set()))
+                    with self._ahead:
+                        before = self._first_evaluation(log)
+                        while self._goes_on() and not self._ranks.any(stop.is_set()):
+                            bar.update(self._step(log))
+                        stop.check(is_asked=self._ranks.any(stop.is_set()))
                     if self.config.load_best:
                         self._put_back_best()
                     after = self._evaluate_both(log, "after")
@@ -302,7 +316,7 @@ class Trainer:
             max_grad_norm=self.config.max_grad_norm,
             seed=self.config.seed,
         )
-        self._unpublished = self.iteration
+        self._weights = self._weights_now()
         return stats
 
     def evaluate(self, *, greedy: bool = False, name: str | None = None) -> Evaluation:
@@ -323,9 +337,8 @@ class Trainer:
         if self._eval is None:
             raise DatasetError("evaluate() needs held-out examples: give Trainer an eval_dataset")
         count = min(self.config.eval_examples or len(self._eval), len(self._eval))
-        episodes = self._rollout(
-            [self._eval[i] for i in range(count)], group_size=1, seed=EVAL_SEED, greedy=greedy
-        )
+        examples = [self._eval[i] for i in range(count)]
+        episodes = self._sampler.evaluation(examples, self._weights, seed=EVAL_SEED, greedy=greedy)
         if name is not None:
             path = self.run_dir / "traces" / f"{name}.parquet"
             write_traces(path, episodes, iteration=self.iteration, phase="eval")
@@ -347,6 +360,7 @@ class Trainer:
 
     def close(self) -> None:
         """Stop the engine, and a server that it started, and let the run folder go."""
+        self._ahead.stop()
         self._engine.close()
         self._lock.release()
         torch.set_num_threads(self._torch_threads)
@@ -364,7 +378,12 @@ class Trainer:
     ) -> None:
         self.close()
 
-    def _make_engine(self, agents: Sequence[Agent]) -> LocalEngine | RoutingEngine | VllmEngine:
+    def _weights_now(self) -> Weights:
+        """The adapters as they are; copied, where they are sampled from while they learn."""
+        copies = self.team.copy_weights() if self.config.staleness else None
+        return Weights(self.iteration, copies)
+
+    def _make_engine(self, agents: Sequence[Agent]) -> TrainingEngine:
         if self.config.engine == "vllm":
             return vllm_engine(self.team, agents, self.config, self.run_dir)
         return local_engine(
@@ -400,16 +419,16 @@ class Trainer:
         return row
 
     def _iterate(self) -> dict[str, Any]:
-        position = self._data.position
         self._state.iteration += 1
         started = time.perf_counter()
         try:
-            episodes, learnt = self._sample()
+            sampled = self._ahead.rollout(self.iteration, self._weights)
+            episodes, learnt = sampled.episodes, sampled.learnt
+            lag = check_staleness(episodes, self._weights.version, self.config.staleness)
         except BaseException:  # nothing was learnt yet: the state is still the previous iteration's
             self._state.iteration -= 1
-            self._state.examples_taken = position
             raise
-        self._state.examples_taken = self._data.position
+        self._state.examples_taken = sampled.position
         self._is_between_steps = False
         rolled_out = time.perf_counter()
         stats, collapsed = {}, None
@@ -418,7 +437,7 @@ class Trainer:
             stats = update_within_memory(self._learner, self.team, learnt, self.iteration)
         except TrainingCollapsedError as error:
             collapsed = str(error)
-        self._unpublished = self.iteration
+        self._weights = self._weights_now()
         updated = time.perf_counter()
         path = self.run_dir / "traces" / f"iter_{self.iteration:06d}.parquet"
         write_traces(path, episodes, iteration=self.iteration, phase="train")
@@ -437,7 +456,9 @@ class Trainer:
             "return_std": statistics.pstdev(returns) if returns else None,
             **mean_parts(episodes),
             "zero_advantage_groups": share_of_equal_groups(episodes),
-            "seconds_rollout": rolled_out - started,
+            "staleness": lag,
+            "seconds_rollout": sampled.seconds,
+            "seconds_waited": rolled_out - started,
             "seconds_update": updated - rolled_out,
             "tokens_sampled": sum(len(c.completion_ids) for e in episodes for c in e.calls),
             "agents": stats,
@@ -446,101 +467,6 @@ class Trainer:
             row["engine"] = self._engine.stats()
         row["collapsed"] = collapsed or self._health.problem(row)
         return row
-
-    def _sample(self) -> tuple[list[Episode], list[Episode]]:
-        """The iteration's episodes, and those of them that it learns from."""
-        config = self.config
-        episodes: list[Episode] = []
-        learnt: list[Episode] = []
-        wanted = config.examples_per_iteration
-        for attempt in range(1 + config.filter_rounds):
-            found = self._rollout(
-                self._data.take(wanted),
-                group_size=config.group_size,
-                seed=config.seed * 1_000_003 + self.iteration + attempt * 500_000_003,
-            )
-            offset = 1 + max((episode.example_index for episode in episodes), default=-1)
-            found = [replace(e, example_index=e.example_index + offset) for e in found]
-            self._refuse_failures(found)
-            self._refuse_greedy(found)
-            episodes += found
-            useful = found if config.filter_rounds == 0 else without_equal_groups(found)
-            learnt += useful
-            wanted -= len({episode.example_index for episode in useful})
-            if wanted <= 0 or config.filter_rounds == 0:
-                break
-        return episodes, learnt
-
-    def _rollout(
-        self,
-        examples: Sequence[Mapping[str, Any]],
-        *,
-        group_size: int,
-        seed: int,
-        greedy: bool = False,
-    ) -> list[Episode]:
-        if self._unpublished is not None:
-            self._engine.publish(self._unpublished)
-            self._unpublished = None
-        share = self._ranks.share(len(examples))
-        own = [examples[i] for i in share]
-        return self._ranks.together(
-            lambda: self._run(own, share.start, group_size, seed, greedy=greedy) if own else []
-        )
-
-    def _run(
-        self,
-        examples: Sequence[Mapping[str, Any]],
-        first_example: int,
-        group_size: int,
-        seed: int,
-        *,
-        greedy: bool,
-    ) -> list[Episode]:
-        return run_episodes(
-            self.graph,
-            examples,
-            engine=self._engine,
-            reward=self._reward,
-            nodes=self.nodes,
-            adapters={node: self.flex_mg.adapter(node) for node in self.nodes},
-            inputs=self._inputs,
-            seed=seed,
-            first_example=first_example,
-            group_size=group_size,
-            greedy=greedy,
-            **rollout_settings(self.config),
-        )
-
-    def _refuse_failures(self, episodes: Sequence[Episode]) -> None:
-        failed = [episode for episode in episodes if not episode.ok]
-        if len(failed) <= self.config.max_failed_share * len(episodes) and len(failed) < len(
-            episodes
-        ):
-            return
-        reasons = ", ".join(f"{reason} ({n}x)" for reason, n in failure_reasons(episodes).items())
-        raise EpisodesFailedError(
-            f"{len(failed)} of {len(episodes)} episodes of iteration {self.iteration} failed, more "
-            f"than max_failed_share={self.config.max_failed_share} allows: {reasons}. "
-            f"The first: {failed[0].error}"
-        )
-
-    def _refuse_greedy(self, episodes: Sequence[Episode]) -> None:
-        """A call at temperature 0 was no choice of the policy: nothing can be learnt from it."""
-        sampled: dict[str, bool] = {}
-        for call in (call for episode in episodes if episode.ok for call in episode.calls):
-            sampled[call.node] = sampled.get(call.node, False) or call.temperature > 0
-        greedy = [node for node, is_sampled in sampled.items() if not is_sampled]
-        if not greedy or set(greedy) == self._known_greedy:
-            return
-        self._known_greedy = set(greedy)
-        text = (
-            f"{', '.join(greedy)} cannot learn: the app calls the model with temperature 0 there. "
-            "Set temperature to 1.0 to sample in training (the app keeps its own outside)"
-        )
-        if len(greedy) == len(sampled):
-            raise ConfigError(text)
-        logger.warning("%s; the other nodes are trained", text)
 
     # Evaluation and the run folder
 
@@ -591,7 +517,7 @@ class Trainer:
         state.eval_return = eval_return
         write_folder_atomically(
             self.run_dir / "checkpoints" / f"step_{state.iteration}",
-            lambda folder: write_state(folder, self.team, self._learner, state),
+            lambda folder: write_state(folder, self.team, self._learner, state, self._ahead.plans),
         )
         self._saved_iteration = self.iteration
         prune(self.run_dir, self.config.keep_checkpoints, state.best_iteration)
@@ -606,8 +532,10 @@ class Trainer:
             logger.error("the run could not be saved after %s: %s", type(error).__name__, second)
 
     def _put_back(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint's weights; what others have sampled is dropped."""
+        self._ahead.discard()
         load_weights(checkpoint, self.team, self._learner)
-        self._unpublished = self.iteration
+        self._weights = self._weights_now()
 
     def _put_back_best(self) -> None:
         best = self._state.best_iteration
@@ -658,10 +586,11 @@ class Trainer:
             self.config.max_recoveries,
         )
 
-    def _resume(self, accept_changes: Sequence[str]) -> None:
+    def _resume(self, accept_changes: Sequence[str]) -> dict[int, Weights]:
         """Continue where the newest intact checkpoint stands; later metrics are dropped.
 
-        A run that was stopped before its first checkpoint begins again.
+        Returns the older weights that are to sample the next iterations. A run that was stopped
+        before its first checkpoint begins again.
         """
         check_same_run(self.run_dir, self.config, self.flex_mg, self._base_files, accept_changes)
         checkpoint = latest_checkpoint(self.run_dir)
@@ -672,9 +601,9 @@ class Trainer:
         if checkpoint is None:
             logger.warning("%s has no checkpoint yet; it begins again", self.run_dir)
             MetricsLog(self.run_dir).truncate(-1)
-            return
+            return {}
         self._state = read_state(checkpoint)
-        self._put_back(checkpoint)
+        load_weights(checkpoint, self.team, self._learner)
         self._data.seek(self._state.examples_taken)
         self._saved_iteration = self.iteration
         self._learner.rate_scale = self._state.rate_scale
@@ -684,6 +613,7 @@ class Trainer:
                 self._health.forget()
             else:
                 self._health.problem(row)
+        return read_plans(checkpoint, self.team)
 
 
 def _check_alternate_order(config: TrainConfig, agents: Sequence[str]) -> None:

@@ -131,3 +131,15 @@ def test_what_is_no_data_set_is_named(dataset) -> None:
 
 def test_held_out_streams_are_read_to_their_limit() -> None:
     assert len(as_examples(Endless(), "eval_dataset", 3)) == 3
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_examples_that_are_put_back_come_again(is_stream: bool) -> None:
+    examples = [{"n": n} for n in range(5)]
+    data = training_data(iter(examples) if is_stream else examples, seed=1)
+    data.take(2)
+    first, second = data.take(2), data.take(3)
+    data.put_back(second)
+    data.put_back(first)
+    assert data.position == 2
+    assert data.take(5) == [*first, *second]

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import logging
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -30,11 +31,14 @@ from marft_graph.errors import EngineError, ModelError, PromptTooLongError
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.grammar import Following
 from marft_graph.policy.logprobs import FORBIDDEN, constrained, scaled_logprobs
+from marft_graph.policy.lora import AdapterValues
 
 logger = logging.getLogger(__name__)
 
 # A thread without work ends after this, so that an engine nobody closed can be collected.
 _IDLE_SECONDS = 5.0
+# How often a publication looks whether cancelled calls have left the batch.
+_LEAVING_SECONDS = 0.002
 # Padded prompt tokens in one prefill pass; bounds its memory.
 _PREFILL_TOKENS = 16384
 # Calls that follow from answers wait so many steps for others, unless many may come already: more
@@ -102,6 +106,8 @@ class LocalEngine:
         self._arrived: list[tuple[GenerationRequest, Future[Completion]]] = []
         self._queue: deque[tuple[GenerationRequest, Future[Completion]]] = deque()
         self._changed = threading.Condition()
+        # Held while calls are between the lists below, and while the model runs.
+        self._turning = threading.Lock()
         self._gate: Gate | None = None
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -118,14 +124,28 @@ class LocalEngine:
         """The codec of the one base model behind all agents."""
         return self._policy.codec
 
-    def publish(self, version: int) -> None:
-        """Say which version the policy's weights now are; completions carry it."""
-        with self._changed:
-            if self._rows or self._arrived or self._queue:
+    def publish(self, version: int, values: AdapterValues | None = None) -> None:
+        """Sample from the policy's weights as they are now, or as they were when copied.
+
+        Args:
+            version: what completions will say that they come from.
+            values: copies of adapter weights; None: the adapters as they are.
+
+        Raises:
+            EngineError: completions are running. Cancelled ones are waited for.
+        """
+        while True:
+            with self._turning, self._changed:
+                waiting = [future for _, future in (*self._arrived, *self._queue)]
+                waiting += [row.future for row in self._rows]
+                if not waiting:
+                    self._policy.publish(values)
+                    self._prefixes.clear()
+                    self._version = version
+                    return
+            if not all(future.cancelled() for future in waiting):
                 raise EngineError("weights cannot change while completions are running")
-            self._policy.publish()
-            self._prefixes.clear()
-            self._version = version
+            time.sleep(_LEAVING_SECONDS)
 
     def use_gate(self, gate: Gate | None) -> None:
         """Wait for `gate` before calls join the batch, so that batches are the same every run.
@@ -222,12 +242,14 @@ class LocalEngine:
 
     def _turn(self) -> None:
         """Admit what may join, then release what is finished, or decode a token for every row."""
-        if self._may_admit():
-            if self._gate is not None and (self._answered or not self._rows):
-                self._gate.wait()
-            self._admit()
-        if self._rows and not self._release():
-            self._decode()
+        may_admit = self._may_admit()
+        if may_admit and self._gate is not None and (self._answered or not self._rows):
+            self._gate.wait()
+        with self._turning:
+            if may_admit:
+                self._admit()
+            if self._rows and not self._release():
+                self._decode()
 
     def _may_admit(self) -> bool:
         """Whether now is the time to admit calls; a matter of counts only where there is a gate."""

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from marft_graph.engine.base import ChatCodec, Completion, Gate, GenerationRequest
 from marft_graph.engine.local import LocalEngine
 from marft_graph.errors import EngineError
+from marft_graph.policy.lora import AdapterValues
 from marft_graph.policy.team import Team
 
 
@@ -26,10 +27,10 @@ class RoutingEngine:
         """Queue a request at its agent's engine."""
         return self._of(request.agent).submit(request)
 
-    def publish(self, version: int) -> None:
-        """Say which version the weights of all agents now are."""
+    def publish(self, version: int, values: AdapterValues | None = None) -> None:
+        """Sample from the weights of all agents as they are, or as they were when copied."""
         for engine in self._engines:
-            engine.publish(version)
+            engine.publish(version, values)
 
     def use_gate(self, gate: Gate | None) -> None:
         """Let every engine wait for the gate."""

@@ -92,14 +92,15 @@ def action_logprobs(
 def importance_weights(
     logprobs_N: Tensor, sampled_N: Tensor, cap: float, offsets: Sequence[int] | None = None
 ) -> Tensor:
-    """Truncated importance weights (N,) for tokens that another engine sampled.
+    """Truncated importance weights (N,) for tokens that another policy sampled than will learn.
 
-    w = min(exp(logprob - sampled), cap), where `logprobs_N` are the learner's for the weights that
-    sampled and `sampled_N` the engine's own: they differ by precision and kernels alone
-    (https://fengyao.notion.site/off-policy-rl).
+    w = min(exp(logprob - sampled), cap). With an engine that has the learner's weights the two
+    differ by precision and kernels alone (https://fengyao.notion.site/off-policy-rl); with one that
+    is some updates behind, by those too, and w is the weight of the decoupled objective, whose
+    ratio is taken to `logprobs_N` (arXiv 2110.00641; AReaL, arXiv 2505.24298).
 
     Args:
-        logprobs_N: of the learner.
+        logprobs_N: of the learner before its update.
         sampled_N: of the engine.
         cap: largest weight.
         offsets: where each call begins, and N at the end: one weight for a whole action, from its

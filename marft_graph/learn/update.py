@@ -104,6 +104,9 @@ class Learner:
         }
         assign_advantages(kept, batches, settings)
         stats = {agent: self._describe(batch) for agent, batch in batches.items()}
+        if settings.importance_cap is not None:
+            for agent in batches.keys() & set(turn):
+                stats[agent] |= _importance(batches[agent], settings.importance_cap)
         if self.critics:
             for agent, batch in batches.items():
                 stats[agent] |= self._update_critic(agent, batch)
@@ -436,6 +439,16 @@ class Learner:
             "advantage_zero_share": (batch.advantages_N[first] == 0).float().mean().item(),
             "return_mean": batch.returns_N[first].mean().item(),
         }
+
+
+def _importance(batch: AgentBatch, cap: float) -> AgentStats:
+    """Mean weight of an agent's action tokens, and the share of them whose weight was cut off."""
+    weights_N = batch.importance_N
+    is_cut_N = weights_N > cap * (1 - 1e-6)  # the cap went through a logarithm
+    return {
+        "importance_mean": weights_N.mean().item(),
+        "importance_capped_share": is_cut_N.float().mean().item(),
+    }
 
 
 def _follow(

@@ -40,7 +40,7 @@ from marft_graph.agents import Agent
 from marft_graph.errors import ConfigError, ModelError
 from marft_graph.policy.chat import TokenizerCodec
 from marft_graph.policy.grammar import Grammars
-from marft_graph.policy.lora import BASE, LoraLayers
+from marft_graph.policy.lora import BASE, AdapterValues, LoraLayers
 from marft_graph.policy.step import StepDecoder
 
 T = TypeVar("T")
@@ -320,16 +320,24 @@ class Policy:
         with lock, torch.no_grad(), self._lora.rows(names):
             yield
 
-    def publish(self) -> None:
-        """Let rows use the adapters as they are now."""
-        self._lora.publish()
+    @property
+    def rows_follow_training(self) -> bool:
+        """Whether some layers' rows see the adapters as they are, whatever was published.
 
-    def save_adapter(self, agent: str, folder: Path) -> None:
-        """Write one adapter in PEFT format (safetensors) into `folder`."""
+        So it is with layers that stay with PEFT: those of a quantized base, and embeddings.
+        """
+        return self._lora.is_shared_state
+
+    def publish(self, values: AdapterValues | None = None) -> None:
+        """Let rows use the adapters as they are now, or as they were when copied."""
+        self._lora.publish(values)
+
+    def save_adapter(self, agent: str, folder: Path, values: AdapterValues | None = None) -> None:
+        """Write one adapter in PEFT format (safetensors) into `folder`, as it is or was copied."""
         # PEFT's own `save_pretrained` also renders a model card, which takes longer than the rest.
         folder.mkdir(parents=True, exist_ok=True)
         weights = {
-            name: parameter.detach().cpu().contiguous()
+            name: (values or {}).get(parameter, parameter).detach().cpu().contiguous()
             for name, parameter in self._own_parameters(agent).items()
         }
         save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})

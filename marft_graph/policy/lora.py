@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +28,9 @@ from torch.nn import functional
 T = TypeVar("T")
 BASE = "__base__"
 """PEFT's name for rows that no adapter touches."""
+
+AdapterValues = Mapping[nn.Parameter, Tensor]
+"""Copies of adapter weights, by the parameters that they were copied from."""
 
 
 class LoraLayers:
@@ -52,10 +55,10 @@ class LoraLayers:
                 layer.register_forward_pre_hook(self._name_rows, with_kwargs=True)
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Let `rows` use the adapters as they are now."""
+    def publish(self, values: AdapterValues | None = None) -> None:
+        """Let `rows` use the adapters as they are now, or as they were when copied."""
         for adapters in self._adapters:
-            adapters.copy()
+            adapters.copy(values)
 
     def join(self, layers: Sequence[nn.Module]) -> RowAdapters:
         """The adapters of plain layers that read the same states; published with the others."""
@@ -158,8 +161,9 @@ class RowAdapters:
         self._spans: dict[str, slice] = {}
 
     @torch.no_grad()
-    def copy(self) -> None:
-        """Take the adapters' weights as they are now."""
+    def copy(self, values: AdapterValues | None = None) -> None:
+        """Take the adapters' weights as they are now, or as they were when copied."""
+        values = values or {}
         down: list[Tensor] = []
         up: list[Tensor] = []
         layout = []
@@ -170,7 +174,8 @@ class RowAdapters:
             for layer, outputs in zip(self._layers, self._outputs, strict=True):
                 if name not in layer.lora_A:
                     continue
-                a_RI, b_OR, scale = weights_of(layer, name)
+                own_RI, own_OR, scale = weights_of(layer, name)
+                a_RI, b_OR = values.get(own_RI, own_RI), values.get(own_OR, own_OR)
                 down.append(a_RI)
                 part_RO = b_OR.new_zeros(len(a_RI), self._width)
                 part_RO[:, outputs] = b_OR.t() * scale
@@ -234,7 +239,7 @@ class _LinearLora:
         return base
 
 
-def weights_of(layer: Linear, name: str) -> tuple[Tensor, Tensor, float]:
+def weights_of(layer: Linear, name: str) -> tuple[nn.Parameter, nn.Parameter, float]:
     """A (R, in), B (out, R) and the scale of an adapter in a layer."""
     own: Any = layer  # PEFT's containers are not typed
     return own.lora_A[name].weight, own.lora_B[name].weight, float(own.scaling[name])

@@ -38,6 +38,8 @@ class StepDecoder:
         """The decoder's shorter form; None where it has another shape, or does not agree."""
         if type(decoder).__name__ not in _FAMILIES or not isinstance(decoder, PreTrainedModel):
             return None
+        if type(decoder.embed_tokens) is not nn.Embedding:  # one with an adapter
+            return None
         if not all(is_plain(part) for part in _projections(decoder)):
             return None
         step = cls(decoder, lora)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -10,10 +11,21 @@ from torch import nn
 from marft_graph.agents import Agent
 from marft_graph.config import TrainConfig
 from marft_graph.policy.adapters import Policy
+from marft_graph.policy.lora import AdapterValues
 
 _SHARED_FROM = 10_000_000
 """Parameters from which on a base's operations are large enough to be shared among threads. On two
 cores a base of 0.8 million trains 1.5 times as fast with one thread: they wait for each other."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Weights:
+    """One version of all adapters, to sample from; two are the same only if they are one object."""
+
+    version: int
+    """Updates that made them."""
+    values: AdapterValues | None = None
+    """Copies of them; None: they are those in the team until its next update."""
 
 
 class Team:
@@ -98,6 +110,14 @@ class Team:
     def of(self, agent: str) -> Policy:
         """The policy that holds an agent's adapter."""
         return self._policy_of[agent]
+
+    def copy_weights(self) -> AdapterValues:
+        """All adapters as they are now."""
+        return {
+            parameter: parameter.detach().clone()
+            for agent in self.agents
+            for parameter in self.parameters(agent)
+        }
 
     def parameters(self, agent: str) -> list[nn.Parameter]:
         """An agent's adapter weights."""

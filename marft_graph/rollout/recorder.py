@@ -255,7 +255,10 @@ class EpisodeRecorder(Responder):
             raise
         with self._lock:
             self._futures.add(future)
+            is_over = self._is_over
         future.add_done_callback(self._settled)
+        if is_over:  # it ended meanwhile: nobody else would cancel this one
+            future.cancel()
         began = _Began(lineage, attempts, begun, time.monotonic())
 
         def finish(completion: Completion) -> AIMessage:

@@ -22,6 +22,7 @@ from marft_graph.errors import EpisodeTimeoutError, RewardError
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
 from marft_graph.names import adapter_name, agent_path
+from marft_graph.rollout.cancellation import Cancellation
 from marft_graph.rollout.collector import fewer_collections
 from marft_graph.rollout.emit import shares
 from marft_graph.rollout.inputs import InputFunction, graph_inputs
@@ -76,6 +77,7 @@ def run_episodes(
     fault_rewards: Mapping[str, float] | None = None,
     reward_errors: Literal["stop", "drop"] = "stop",
     on_episode: Callable[[Episode], None] | None = None,
+    cancellation: Cancellation | None = None,
 ) -> list[Episode]:
     """Run an app on examples and record every model call of the trained nodes.
 
@@ -110,6 +112,7 @@ def run_episodes(
         reward_errors: what a reward function that fails does: `stop` the rollout, or `drop` its
             episode, which is then a failed one.
         on_episode: called on the event loop's thread for each episode as it ends.
+        cancellation: ends the rollout where another thread asks for it.
 
     Returns:
         The episodes, those of the first example first. One that failed has a status
@@ -121,6 +124,7 @@ def run_episodes(
         DatasetError: no examples, or an example without the graph's input keys.
         RewardError: the reward function failed (unless `reward_errors` is `drop`), or a node
             emitted what is no reward; the message shows the example.
+        asyncio.CancelledError: it was cancelled.
     """
     app = as_compiled(graph)
     listed, graph_values = graph_inputs(app, examples, inputs)
@@ -142,6 +146,7 @@ def run_episodes(
         fault_rewards=dict(fault_rewards or {}),
         reward_errors=reward_errors,
         on_episode=on_episode,
+        cancellation=cancellation or Cancellation(),
     )
     plans = [
         _Plan(example, value, index, group, stable_seed(seed, index, group))
@@ -239,6 +244,7 @@ class _Rollout:
     fault_rewards: Mapping[str, float]
     reward_errors: Literal["stop", "drop"]
     on_episode: Callable[[Episode], None] | None
+    cancellation: Cancellation
 
     def run(self, plans: Sequence[_Plan]) -> list[Episode]:
         """Run all episodes on an event loop of their own."""
@@ -249,8 +255,9 @@ class _Rollout:
             gated.use_gate(quiescence)
         loop = quiescence.loop
         try:
-            with fewer_collections():
-                return loop.run_until_complete(self._all(plans, quiescence))
+            work = loop.create_task(self._all(plans, quiescence))
+            with fewer_collections(), self.cancellation.reaches(work):
+                return loop.run_until_complete(work)
         finally:
             if gated is not None:
                 gated.use_gate(None)

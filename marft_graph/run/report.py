@@ -193,15 +193,17 @@ def _spending(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     rollout = sum(row["seconds_rollout"] for row in rows)
+    waited = sum(row.get("seconds_waited", row["seconds_rollout"]) for row in rows)
     update = sum(row["seconds_update"] for row in rows)
     tokens = sum(row["tokens_sampled"] for row in rows)
     episodes = sum(row["episodes"] for row in rows)
+    beside = f"; {rollout - waited:.1f} s of it beside updates" if waited < rollout else ""
     return (
         "<h2>Time and tokens</h2><table>"
         f"<tr><th>episodes</th><td>{episodes}</td></tr>"
         f"<tr><th>tokens sampled</th><td>{tokens}</td></tr>"
         f"<tr><th>rollout</th><td>{rollout:.1f} s, "
-        f"{tokens / max(rollout, 1e-9):.0f} tokens/s</td></tr>"
+        f"{tokens / max(rollout, 1e-9):.0f} tokens/s{beside}</td></tr>"
         f"<tr><th>update</th><td>{update:.1f} s</td></tr></table>"
     )
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from marft_graph.errors import CheckpointError
 from marft_graph.learn.update import Learner
-from marft_graph.policy.team import Team
+from marft_graph.policy.team import Team, Weights
+
+_PLANS = "sampling.safetensors"
 
 
 @dataclass(slots=True)
@@ -45,13 +48,24 @@ class RunState:
             self.evaluations_since_best += 1
 
 
-def write_state(folder: Path, team: Team, learner: Learner, state: RunState) -> None:
-    """Write adapters, value heads, optimizers and the run's state into a checkpoint's folder."""
+def write_state(
+    folder: Path,
+    team: Team,
+    learner: Learner,
+    state: RunState,
+    plans: Mapping[int, Weights] | None = None,
+) -> None:
+    """Write adapters, value heads, optimizers and the run's state into a checkpoint's folder.
+
+    `plans` has the older weights that are to sample coming iterations.
+    """
     for agent in team.agents:
         team.of(agent).save_adapter(agent, folder / "adapters" / agent)
     save_file(learner.state(), folder / "learner.safetensors")
     text = json.dumps(dataclasses.asdict(state), indent=2)
     (folder / "state.json").write_text(text + "\n", encoding="utf-8")
+    if plans:
+        _write_plans(folder / _PLANS, team, plans)
 
 
 def load_weights(folder: Path, team: Team, learner: Learner) -> None:
@@ -87,3 +101,43 @@ def read_state(folder: Path) -> RunState:
         raise CheckpointError(
             f"cannot read the run's state from {path} (did another version write it?): {error}"
         ) from error
+
+
+def _write_plans(path: Path, team: Team, plans: Mapping[int, Weights]) -> None:
+    """Older versions of all adapters, and which of them samples which iteration."""
+    tensors = {
+        f"{weights.version}/{agent}/{index}": (weights.values or {})[parameter].cpu().contiguous()
+        for weights in plans.values()
+        for agent in team.agents
+        for index, parameter in enumerate(team.parameters(agent))
+    }
+    versions = {str(iteration): weights.version for iteration, weights in plans.items()}
+    save_file(tensors, path, metadata={"versions": json.dumps(versions)})
+
+
+def read_plans(folder: Path, team: Team) -> dict[int, Weights]:
+    """Which weights are to sample coming iterations, as a checkpoint says; empty: none but its own.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is of another team.
+    """
+    path = folder / _PLANS
+    if not path.exists():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as saved:
+            versions: dict[str, int] = json.loads(saved.metadata()["versions"])
+            found = {
+                version: Weights(
+                    version,
+                    {
+                        parameter: saved.get_tensor(f"{version}/{agent}/{index}").to(parameter)
+                        for agent in team.agents
+                        for index, parameter in enumerate(team.parameters(agent))
+                    },
+                )
+                for version in set(versions.values())
+            }
+    except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read older weights from {path}: {error}") from error
+    return {int(iteration): found[version] for iteration, version in versions.items()}

@@ -207,7 +207,8 @@ class TrainingProgress:
         if self._updates == 0:
             # The run may have been continued, or have begun with an evaluation: time is counted
             # from the start of the first iteration that is shown here.
-            self._since = time.monotonic() - row["seconds_rollout"] - row["seconds_update"]
+            waited = row.get("seconds_waited", row["seconds_rollout"])
+            self._since = time.monotonic() - waited - row["seconds_update"]
         self._updates += 1
         done = row["iteration"]
         per_iteration = (time.monotonic() - self._since) / self._updates

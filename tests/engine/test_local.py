@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,61 @@ def test_published_adapters_never_meet_what_older_ones_computed(policy: Policy) 
     expected = recomputed(policy, request, completion.ids)
     assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-4)
     engine.close()
+
+
+def test_copies_are_published_while_the_weights_themselves_change(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    prompt = policy.codec.render([HumanMessage("word")])
+    request = GenerationRequest("actor", prompt, SamplingSettings(max_tokens=12), seed=3)
+    first = engine.submit(request).result(timeout=60)
+    copies = {p: p.detach().clone() for own in policy.adapter_parameters.values() for p in own}
+    with torch.no_grad():
+        for parameter in policy.adapter_parameters["actor"]:
+            parameter.mul_(3)
+    engine.publish(1)
+    assert engine.submit(request).result(timeout=60).logprobs != first.logprobs
+    engine.publish(2, copies)
+    again = engine.submit(request).result(timeout=60)
+    assert (again.ids, again.logprobs, again.adapter_version) == (first.ids, first.logprobs, 2)
+    engine.close()
+
+
+def test_a_publication_waits_for_cancelled_calls_and_refuses_beside_others(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    prompt = policy.codec.render([HumanMessage("word " * 30)])
+    long = SamplingSettings(max_tokens=90)
+
+    def running(seed: int) -> Future[Completion]:
+        request = GenerationRequest("actor", prompt, long, seed=seed)
+        future = engine.submit(request)
+        while not engine._rows:
+            time.sleep(0.001)
+        return future
+
+    for seed in range(10):
+        future = running(seed)
+        assert future.cancel()
+        engine.publish(seed)
+        assert not engine._has_work()
+        assert len(engine._prefixes) == 0  # nothing that the older weights computed
+    gate = ClosedGate()
+    engine.use_gate(gate)
+    live = engine.submit(GenerationRequest("actor", prompt, long))
+    with pytest.raises(EngineError, match="while completions are running"):
+        engine.publish(11)
+    gate.opens.set()
+    assert live.result(timeout=60).adapter_version == 9
+    engine.close()
+
+
+class ClosedGate:
+    """Keeps calls out of the batch until it is told otherwise."""
+
+    def __init__(self) -> None:
+        self.opens = threading.Event()
+
+    def wait(self) -> None:
+        assert self.opens.wait(60)
 
 
 def test_prompts_that_begin_alike_are_computed_together(policy: Policy) -> None:

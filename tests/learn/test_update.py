@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -275,6 +277,47 @@ def test_gradient_checkpointing_runs_layers_again_in_the_backward_pass(tiny_mode
     layer.register_forward_hook(count)
     own.update(episodes, iteration=1)
     assert runs == 2 * len(AGENTS)  # once forward and once again, for each agent's one batch
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_sampling_and_learning_at_the_same_time_change_neither(
+    tiny_model: Path, gradient_checkpointing: bool
+) -> None:
+    settings = {"epochs": 2, "minibatches": 4, "gradient_checkpointing": gradient_checkpointing}
+    policy, alone = learner(tiny_model, **settings)
+    episodes = sampled_episodes(policy, 16)
+    alone.update(episodes, iteration=1)
+    alone.update(episodes, iteration=2)
+    other, beside = learner(tiny_model, **settings)
+    engine = LocalEngine(other)
+    calls = [call for episode in episodes for call in episode.calls]
+    requests = [
+        GenerationRequest(c.agent, c.prompt_ids, SamplingSettings(max_tokens=8), seed=c.seed + i)
+        for i, c in enumerate(calls)
+    ]
+    expected = [engine.submit(request).result(timeout=60) for request in requests]
+    is_over = threading.Event()
+    rounds = 0
+
+    def sample_on() -> None:
+        nonlocal rounds
+        while rounds == 0 or not is_over.is_set():
+            found = [f.result(timeout=60) for f in [engine.submit(r) for r in requests]]
+            for own, its in zip(found, expected, strict=True):
+                assert own.ids == its.ids
+                assert own.logprobs == pytest.approx(its.logprobs, abs=1e-4)
+            rounds += 1
+
+    with ThreadPoolExecutor(1) as pool:
+        sampling = pool.submit(sample_on)
+        beside.update(episodes, iteration=1)
+        beside.update(episodes, iteration=2)
+        is_over.set()
+        sampling.result(timeout=60)
+    engine.close()
+    assert rounds > 0
+    for agent in AGENTS:
+        assert same(weights(policy, agent), weights(other, agent))
 
 
 def test_bfloat16_bases_keep_adapters_and_their_moments_in_float32(tiny_model: Path) -> None:

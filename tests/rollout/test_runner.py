@@ -18,6 +18,7 @@ from typing_extensions import TypedDict
 from marft_graph.engine.fake import FakeEngine
 from marft_graph.episode import Reward
 from marft_graph.errors import DatasetError, EngineError, GraphError, RewardError, UnknownNodeError
+from marft_graph.rollout.cancellation import Cancellation
 from marft_graph.rollout.runner import run_episodes
 
 model = FakeListChatModel(responses=["own"])
@@ -347,6 +348,31 @@ def test_a_reward_that_hangs_stops_the_run(engine):
             reward_timeout=0.1,
         )
     released.set()
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["before", "meanwhile"])
+def test_another_thread_may_cancel_a_rollout(engine, is_late):
+    cancellation = Cancellation()
+    begun = threading.Event()
+
+    async def hangs(state):
+        begun.set()
+        await asyncio.sleep(60)
+
+    def cancel():
+        assert not is_late or begun.wait(30)
+        cancellation.ask()
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    if not is_late:
+        thread.join()
+    started = time.monotonic()
+    with pytest.raises(asyncio.CancelledError):
+        run_episodes(duo(second=hangs), [{"q": "1"}], engine=engine, cancellation=cancellation)
+    thread.join()
+    assert time.monotonic() - started < 30
+    assert begun.is_set() is is_late
 
 
 def test_each_episode_is_reported_as_it_ends(engine):

@@ -36,6 +36,7 @@ from marft_graph.engine.vllm.pool import ServerPool
 from marft_graph.engine.vllm.server import ServerProcess, require_vllm, server_command
 from marft_graph.errors import ConfigError, EngineError, PromptTooLongError
 from marft_graph.policy.adapters import Policy
+from marft_graph.policy.lora import AdapterValues
 from marft_graph.policy.team import Team
 
 # What vLLM accepts as it is; it raises lower temperatures to the first of them.
@@ -89,10 +90,14 @@ class VllmEngine:
         """The codec of the base model behind all agents."""
         return self._policy.codec
 
-    def publish(self, version: int) -> None:
-        """Give the servers the adapters as they are now; calls submitted from now on ask for them.
+    def publish(self, version: int, values: AdapterValues | None = None) -> None:
+        """Give the servers new adapters; calls submitted from now on ask for them.
 
         The ones before are unloaded once no call asks for them any more.
+
+        Args:
+            version: what completions will say that they come from.
+            values: copies of adapter weights; None: the adapters as they are.
 
         Raises:
             EngineError: no server could take them in time; the message has each server's reason.
@@ -108,7 +113,7 @@ class VllmEngine:
         new = _Publication(version, self._folder / f"v{version}-{mark}")
         for agent in self._policy.agents:
             folder = new.folder / agent
-            self._policy.save_adapter(agent, folder)
+            self._policy.save_adapter(agent, folder, values)
             new.adapters[agent] = Adapter(f"{agent}@v{version}-{mark}", folder)
         try:
             self._pool.load(list(new.adapters.values()))

@@ -111,6 +111,17 @@ def test_the_servers_get_the_weights_as_they_were_published(
     assert all(torch.equal(again[name], saved[name]) for name in saved)
 
 
+def test_the_servers_get_copies_of_the_weights_where_copies_are_published(
+    engine: VllmEngine, server: StandIn, team: Team
+) -> None:
+    copies = {parameter: parameter.detach() + 1 for parameter in team.parameters("actor")}
+    engine.publish(1, copies)
+    (folder,) = [Path(p) for n, p in server.adapters.items() if n.startswith("actor@")]
+    saved = load_file(folder / "adapter_model.safetensors")
+    expected = sorted(copy.flatten()[:3].tolist() for copy in copies.values())
+    assert sorted(weight.flatten()[:3].tolist() for weight in saved.values()) == expected
+
+
 def test_an_old_version_is_unloaded_once_nobody_asks_for_it(
     engine: VllmEngine, server: StandIn
 ) -> None:
@@ -232,17 +243,31 @@ def test_several_base_models_are_refused(make: Callable[..., Trainer], tiny_mode
         make(config=config(tiny_model, per_node={"actor": {"base_model": f"{other}"}}, **settings))
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
 def test_training_samples_every_iteration_from_the_version_before_it(
-    make: Callable[..., Trainer], tiny_model: Path, server: StandIn, tmp_path: Path
+    make: Callable[..., Trainer],
+    tiny_model: Path,
+    server: StandIn,
+    tmp_path: Path,
+    staleness: int,
 ) -> None:
-    settings = config(tiny_model, eval_every=0, engine="vllm", engine_urls=[server.url])
+    """Or from the one that is so many updates older."""
+    settings = config(
+        tiny_model,
+        iterations=2 + staleness,
+        staleness=staleness,
+        eval_every=0,
+        engine="vllm",
+        engine_urls=[server.url],
+    )
     with make(config=settings, eval_dataset=None) as trainer:
         trainer.train(progress=False)
     asked = [request["model"].partition("-")[0] for request in server.requests]
     assert asked == sorted(asked, key=lambda name: name[-1])
     assert set(asked) == {"planner@v0", "actor@v0", "planner@v1", "actor@v1"}
     rows = read_metrics(tmp_path / "run")
-    assert [row["engine"]["servers_up"] for row in rows] == [1, 1]
+    assert [row["engine"]["servers_up"] for row in rows] == [1] * (2 + staleness)
+    assert [row["staleness"] for row in rows] == [0, *[staleness] * (1 + staleness)]
     assert not (tmp_path / "run" / "served_adapters").exists()
 
 
