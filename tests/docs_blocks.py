@@ -121,7 +121,9 @@ def _cli_problem(arguments: Sequence[str]) -> str | None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).touch()
     try:
-        context = main.commands[name].make_context(name, list(rest))
+        # Below the group, whose ways to ask for help a command keeps from its first use on.
+        parent = click.Context(main, info_name="marft-graph", **main.context_settings)
+        context = main.commands[name].make_context(name, list(rest), parent=parent)
         TrainConfig.from_mapping(given_settings(context.params))
     except (click.ClickException, ValueError) as error:
         return error.format_message() if isinstance(error, click.ClickException) else str(error)
