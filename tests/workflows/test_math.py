@@ -34,7 +34,7 @@ def test_every_solution_is_right_and_every_other_rows_answer_wrong() -> None:
         same = (
             {"1", "12", "13", row["answer"]} if row["answer"] in ("12", "13") else {row["answer"]}
         )
-        for other in sorted(answers - same)[::3]:
+        for other in sorted(answers - same)[::6]:
             assert not task.is_right(f"$\\boxed{{{other}}}$", row["answer"]), (row, other)
 
 
