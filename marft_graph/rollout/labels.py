@@ -98,27 +98,35 @@ def _written(graph: Pregel[Any, Any, Any, Any]) -> tuple[set[str], set[str]]:
 
 
 def _names_in(reward: RewardFunction) -> frozenset[str] | None:
-    """Text constants in a reward's code and what it calls; None where there is no code to read."""
+    """Texts in a reward's code and what it calls or holds; None where there is no code to read."""
     parts = [p.function for p in reward.parts] if isinstance(reward, CombinedReward) else [reward]
     names: set[str] = set()
     for part in parts:
-        functions = list(_functions(part))
+        found = list(_reachable(part))
+        functions = [value for value in found if isinstance(value, types.FunctionType)]
         if not functions:
             return None
-        for function in functions:
-            for code in codes(function.__code__):
-                names |= {text for text in code.co_consts if isinstance(text, str)}
+        constants = [c.co_consts for function in functions for c in codes(function.__code__)]
+        names.update(_texts([found, constants]))
     return frozenset(names)
 
 
-def _functions(value: Any) -> Iterator[types.FunctionType]:
-    """Functions that a value's code can call, those named as `module.function` included."""
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple | set | frozenset):
+        for part in value:
+            yield from _texts(part)
+
+
+def _reachable(value: Any) -> Iterator[Any]:
+    """What a value's code can call or hold, functions named as `module.function` included."""
     seen: set[int] = set()
     waiting = [value]
     while waiting:
         for found in reachable(waiting.pop(), seen):
+            yield found
             if isinstance(found, types.FunctionType):
-                yield found
                 waiting += _of_modules(found)
 
 

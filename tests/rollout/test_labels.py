@@ -139,16 +139,29 @@ def by_module(example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
     return training.reward(example, state)
 
 
+LABEL = "answer"
+
+
+def by_constant(example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+    return float(state[LABEL] == example[LABEL])
+
+
+def by_loop(example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+    return sum(float(state[key] == example[key]) for key in ("answer", "notes"))
+
+
 @pytest.mark.parametrize(
     "function",
     [
+        by_constant,
+        by_loop,
         Judge(reward),
         functools.partial(weighted, 0.5),
         combine(of_question, (reward, 0.5)),
         by_module,
         max,
     ],
-    ids=["object", "partial", "combined", "module", "no code to read"],
+    ids=["constant", "loop", "object", "partial", "combined", "module", "no code to read"],
 )
 def test_the_reward_may_be_written_in_any_way(function: Any) -> None:
     assert labels_of(app(), function).withheld == {"answer"}
