@@ -39,11 +39,22 @@ from marft_graph.run.tracking import read_evaluations, read_metrics
 from marft_graph.workflow import load_module, load_target
 
 ROOT = Path(__file__).parents[1]
-WORKFLOWS = ("math_duo", "math_trio", "debate", "router")
+WORKFLOWS = (
+    *("math_duo", "math_trio", "debate", "router"),
+    *("supervisor", "tool_agent", "code_duo"),
+)
 GOAL = 0.85
 SEEDS = range(10, 15)
 """Settings were chosen with seeds below 10."""
-EVAL_EVERY = {"math_duo": 5, "math_trio": 4, "debate": 3, "router": 2}
+EVAL_EVERY = {
+    "math_duo": 5,
+    "math_trio": 4,
+    "debate": 3,
+    "router": 2,
+    "supervisor": 5,
+    "tool_agent": 2,
+    "code_duo": 4,
+}
 """Iterations between evaluations."""
 METHODS: dict[str, dict[str, Any]] = {
     "group": {},
@@ -160,6 +171,7 @@ def measure(run: Run, out: Path, iterations: int | None) -> dict[str, Any]:
         train_dataset=train_data,
         eval_dataset=held_out,
         reward=target.reward,
+        inputs=target.inputs,
         config=TrainConfig.from_mapping(settings | unrecorded),
         run_dir=run_dir,
         resume=resume,

@@ -39,6 +39,7 @@ def train(workflow: str, seed: int, run_dir: Path) -> list[float]:
         train_dataset=train_data,
         eval_dataset=held_out,
         reward=target.reward,
+        inputs=target.inputs,
         config=TrainConfig.from_mapping(settings | {"seed": seed}),
         run_dir=run_dir,
     ) as trainer:

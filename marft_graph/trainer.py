@@ -101,7 +101,8 @@ class Trainer:
         train_dataset: examples as mappings: a `datasets.Dataset`, a list of dicts or another
             sequence, taken in shuffled passes; or a stream (`datasets.IterableDataset`, a
             generator, any iterable), taken in its own order and begun again at its end.
-            Keys that are input channels of the graph become its input.
+            Keys that are input channels of the graph become its input, but no label: a key that the
+            reward names and a node writes, in a graph without an input schema of its own.
         reward: `reward(example, final_state)`, sync or async: the team's outcome (a float), nodes'
             own rewards (a dict by node), or both (`Reward`). Several are added up, see
             `marft_graph.rewards.combine`: a list of functions, or a dict of functions to weights.
@@ -159,7 +160,9 @@ class Trainer:
             self._eval = as_examples(eval_dataset, "eval_dataset", most)
         for examples in (shown, self._eval):
             if examples is not None:
-                check_examples(self.graph, [examples[0]], inputs)
+                labels = check_examples(self.graph, [examples[0]], inputs, self._reward)
+                if warning := labels.warning(examples[0]):
+                    logger.warning(warning)
         if not found.agents or found.uncertain or set(self.config.nodes) - set(found.agents):
             found = compile_graph(self.graph, shown, inputs)  # its code did not tell all
         self.nodes = found.training(self.config.nodes).agents

@@ -467,8 +467,15 @@ def test_answers_that_say_something_else_are_not(answer, expected):
 def test_an_answer_that_nobody_can_work_out_is_not_equal_and_holds_nothing_up():
     started = time.monotonic()
     assert not math_equal("$9^{9^{9^{9}}}$", "3", timeout=0.5)
-    assert math_equal("3", "3")
+    assert math_equal("$3$", "3")
     assert time.monotonic() - started < 60
+
+
+def test_plain_decimals_are_compared_without_a_process_and_as_math_verify_does(monkeypatch):
+    texts = ["18", "18.0", "-18", "+18", ".5", "0.50", "5.", "0", "-0", "007", "1234.5", "0.3333"]
+    said = {(a, b): maths._compare(a, b) == "equal" for a in texts for b in texts}
+    monkeypatch.setattr(maths, "_pool", None)
+    assert {(a, b): math_equal(a, b) for a in texts for b in texts} == said
 
 
 def test_an_expectation_without_mathematics_is_an_error():
@@ -478,7 +485,7 @@ def test_an_expectation_without_mathematics_is_an_error():
 
 def test_maths_is_compared_from_many_threads(engine):
     def correct(example, state):
-        return math_equal(state["a"], example["number"] * 11)
+        return math_equal(f"${state['a']}$", example["number"] * 11)
 
     episodes = play(engine, correct, 10)  # the engine says every digit twice
     assert [episode.outcome_reward for episode in episodes] == [1.0] * 10

@@ -54,7 +54,7 @@ def _inspect(bound: Any, seen: set[int]) -> Findings:
     mentions: set[str] = set()
     users_mentions: set[str] = set()
     is_opaque = True
-    for value in _reachable(bound, seen, _DEPTH):
+    for value in reachable(bound, seen):
         if isinstance(value, BaseChatModel) or _makes_model(value):
             models.append(value)
         elif isinstance(value, Pregel):
@@ -62,7 +62,7 @@ def _inspect(bound: Any, seen: set[int]) -> Findings:
         elif isinstance(value, _TaskFunction):
             tasks[value.func.__name__] = _inspect(value.func, set(seen))
         elif isinstance(value, types.FunctionType):
-            names = {name for code in _codes(value.__code__) for name in code.co_names}
+            names = {name for code in codes(value.__code__) for name in code.co_names}
             mentions |= names
             is_opaque = False
             if _package(value.__module__) not in _LIBRARIES:
@@ -86,7 +86,14 @@ def _makes_model(value: Any) -> bool:
     )
 
 
-def _reachable(value: Any, seen: set[int], depth: int) -> Iterator[Any]:
+def reachable(value: Any, seen: set[int], depth: int = _DEPTH) -> Iterator[Any]:
+    """What code can call or hold, itself first: functions, their closures and globals, objects.
+
+    Args:
+        value: where to begin.
+        seen: ids of what is known already; what is found is added.
+        depth: steps that are taken at most.
+    """
     if depth < 0 or id(value) in seen:
         return
     seen.add(id(value))
@@ -94,7 +101,7 @@ def _reachable(value: Any, seen: set[int], depth: int) -> Iterator[Any]:
     if isinstance(value, BaseChatModel | Pregel | _TaskFunction):
         return
     for inner in _parts(value):
-        yield from _reachable(inner, seen, depth - 1)
+        yield from reachable(inner, seen, depth - 1)
 
 
 def _parts(value: Any) -> Iterator[Any]:
@@ -127,18 +134,18 @@ def _function_parts(function: types.FunctionType) -> Iterator[Any]:
             continue
     if _package(function.__module__) in _LIBRARIES:
         return  # its globals are the library's own business; what a user gave it is in its closure
-    for code in _codes(function.__code__):
+    for code in codes(function.__code__):
         for instruction in dis.get_instructions(code):
             if instruction.opname == "LOAD_GLOBAL" and instruction.argval in function.__globals__:
                 yield function.__globals__[instruction.argval]
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
     """A function's code and that of the functions defined inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+            yield from codes(constant)
 
 
 def _is_users_object(value: Any) -> bool:

@@ -109,7 +109,9 @@ def _read_function(function: types.FunctionType) -> Reading:
     targets = _Targets(tree, names)
     return Reading(
         may_write=_union(may for may, _ in updates),
-        must_write=frozenset.intersection(*(must for _, must in updates)),
+        must_write=functools.reduce(frozenset.intersection, (must for _, must in updates))
+        if updates
+        else frozenset(),  # it only raises
         targets=_union(targets.of(value) for value in returned),
         goes_one_way=_is_text(tree) or all(map(targets.is_one, returned)),
         always_calls=_always_calls(tree, names),

@@ -20,10 +20,13 @@ def graph_inputs(
     graph: Pregel[Any, Any, Any, Any],
     examples: Iterable[Mapping[str, Any]],
     inputs: InputFunction | None = None,
+    *,
+    withheld: frozenset[str] = frozenset(),
 ) -> tuple[list[Mapping[str, Any]], list[Any]]:
     """The examples as a list, and the graph's input for each.
 
-    Without `inputs`, an example's keys that the graph's input schema has are handed over.
+    Without `inputs`, an example's keys that the graph's input schema has are handed over, all but
+    those in `withheld`.
 
     Raises:
         DatasetError: there is no example, or one is no mapping or lacks the graph's keys.
@@ -40,6 +43,13 @@ def graph_inputs(
     if inputs is not None:
         return listed, [_converted(inputs, example) for example in listed]
     known, required = input_keys(graph)
+    if known and not known - withheld:
+        raise DatasetError(
+            f"the graph's input has {', '.join(map(repr, sorted(known)))} only, which the reward "
+            "names and a node writes, as with labels; give `inputs=`, a function from example to "
+            "input"
+        )
+    known -= withheld
     return listed, [_selected(example, known, required) for example in listed]
 
 

@@ -27,6 +27,7 @@ from marft_graph.rollout.collector import fewer_collections
 from marft_graph.rollout.emit import shares
 from marft_graph.rollout.inputs import InputFunction, graph_inputs
 from marft_graph.rollout.intercept import intercepting
+from marft_graph.rollout.labels import Labels, labels_of
 from marft_graph.rollout.quiescence import Quiescence
 from marft_graph.rollout.recorder import (
     EpisodeRecorder,
@@ -83,7 +84,8 @@ def run_episodes(
 
     Args:
         graph: a compiled LangGraph app, which is not changed, or a StateGraph builder.
-        examples: dicts; those keys that the graph's input has are handed to it.
+        examples: dicts; those keys that the graph's input has are handed to it, but no label: a key
+            that the reward names and a node writes, in a graph without an input schema of its own.
         engine: answers the trained nodes' calls; None: the app's own models answer, and are only
             recorded (their calls have messages, tools and token counts, but no token ids).
         reward: `reward(example, state) -> float | dict[node, float] | Reward`, sync or async;
@@ -127,11 +129,14 @@ def run_episodes(
         asyncio.CancelledError: it was cancelled.
     """
     app = as_compiled(graph)
-    listed, graph_values = graph_inputs(app, examples, inputs)
+    function = None if reward is None else as_reward_function(reward)
+    labels = labels_of(app, function) if inputs is None else Labels()
+    listed, graph_values = graph_inputs(app, examples, inputs, withheld=labels.withheld)
     rollout = _Rollout(
         graph=app,
         engine=engine,
-        reward=None if reward is None else as_reward_function(reward),
+        reward=function,
+        labels=labels,
         trained=_trained(app, nodes),
         adapters=dict(adapters or {}),
         nodes=_node_names(app),
@@ -163,14 +168,23 @@ def run_episodes(
 
 
 def check_examples(
-    graph: Any, examples: Iterable[Mapping[str, Any]], inputs: InputFunction | None = None
-) -> None:
+    graph: Any,
+    examples: Iterable[Mapping[str, Any]],
+    inputs: InputFunction | None = None,
+    reward: RewardFunction | None = None,
+) -> Labels:
     """Refuse examples that `run_episodes` would refuse, before anything is loaded.
+
+    Returns:
+        The labels that it would withhold, and those that it might have to.
 
     Raises:
         GraphError, DatasetError: as in `run_episodes`.
     """
-    graph_inputs(as_compiled(graph), examples, inputs)
+    app = as_compiled(graph)
+    labels = labels_of(app, reward) if inputs is None else Labels()
+    graph_inputs(app, examples, inputs, withheld=labels.withheld)
+    return labels
 
 
 def _in_thread(work: Callable[[], list[Episode]]) -> list[Episode]:
@@ -230,6 +244,7 @@ class _Rollout:
     graph: Pregel[Any, Any, Any, Any]
     engine: Engine | None
     reward: RewardFunction | None
+    labels: Labels
     trained: frozenset[str]
     adapters: Mapping[str, str]
     nodes: frozenset[str]
@@ -290,9 +305,11 @@ class _Rollout:
             try:
                 reward = await rewards.call(self.reward, plan.example, episode.state, nodes=named)
             except RewardError as error:
+                cause = error.__cause__
+                text = self.labels.explained(str(error), cause, plan.example)
                 if self.reward_errors == "stop":
-                    raise
-                episode = replace(episode, status=reward_failure(error), error=str(error))
+                    raise RewardError(text) from cause
+                episode = replace(episode, status=reward_failure(error), error=text)
                 episode = replace(episode, state=None, outcome_reward=0.0)
             else:
                 episode = with_reward(episode, reward)
@@ -430,6 +447,7 @@ class _EpisodeRun:
         name = type(error).__name__
         where = f" in {node}" if node else ""
         text = f"{name}{where and f' in node {node!r}'}: {error}"
+        text = self._rollout.labels.explained(text, error, self._plan.example)
         for kind in type(error).__mro__:
             if kind.__name__ in self._rollout.fault_rewards:
                 return "ok", text, self._rollout.fault_rewards[kind.__name__]

@@ -702,3 +702,13 @@ def test_a_chain_explains_why_the_end_never_sees_the_beginning() -> None:
 def test_langgraph_itself_refuses_a_colon_in_a_name() -> None:
     with pytest.raises(ValueError, match="reserved"):
         build({"a:b": write_a})
+
+
+def test_a_node_that_only_raises_compiles() -> None:
+    def broken(state: State) -> State:
+        raise NotImplementedError
+
+    builder = StateGraph(State)
+    builder.add_node("broken", broken)
+    builder.add_edge(START, "broken")
+    assert compile_graph(builder.compile()).environment == ("broken",)

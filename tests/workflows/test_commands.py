@@ -10,7 +10,10 @@ from click.testing import CliRunner, Result
 from marft_graph.cli import main
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
-NAMES = ("flight_booking", "shop", "supervisor", "tool_agent")
+NAMES = (
+    *("code_duo", "flight_booking", "shop", "supervisor", "tool_agent"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("gsm8k", "math")),
+)
 SHORT = {
     "--iterations": 2,
     "--examples-per-iteration": 1,

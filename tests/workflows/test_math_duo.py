@@ -112,8 +112,11 @@ def test_of_a_single_file_every_tenth_row_is_held_out(gsm8k: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ("genrated", "neither 'generated', a file or folder that exists, nor a hub id"),
-        ("./gone", "neither 'generated', a file or folder"),
+        (
+            "genrated",
+            "neither one of this workflow's own, a file or folder that exists, nor a hub id",
+        ),
+        ("./gone", "neither one of this workflow's own, a file or folder"),
     ],
 )
 def test_a_data_set_that_is_not_there_is_named(dataset: str, message: str) -> None:

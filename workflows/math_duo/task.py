@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    concatenate_datasets,
+    get_dataset_config_names,
+    load_dataset,
+)
 
 NAMES = ("Ann", "Ben", "Eva", "Ida", "Kim", "Leo", "Mia", "Tom")
 THINGS = ("eggs", "figs", "hats", "keys", "nuts", "pens", "pins", "toys")
@@ -71,7 +77,16 @@ def load_data(dataset: str = "generated") -> tuple[Dataset, Dataset]:
     """
     if dataset == "generated":
         return generate()
-    train, held_out = _load(dataset)
+    return load_gsm8k(dataset)
+
+
+def load_gsm8k(dataset: str) -> tuple[Dataset, Dataset]:
+    """GSM8K's examples (question, answer, solution) from a hub id, a folder or a file.
+
+    Raises:
+        ValueError: nothing is found there, or the columns are not those of GSM8K.
+    """
+    train, held_out = load_splits(dataset, "main")
     return _normalized(train, dataset), _normalized(held_out, dataset)
 
 
@@ -85,7 +100,16 @@ def _value(number: str) -> float:
     return float(number.replace(",", ""))
 
 
-def _load(dataset: str) -> tuple[Dataset, Dataset]:
+def load_splits(dataset: str, *configurations: str) -> tuple[Dataset, Dataset]:
+    """Train and held-out rows as they are, from a hub id, a folder or a file.
+
+    Args:
+        dataset: as `load_data` takes it.
+        configurations: those of a data set on the hub that are put together; none: all.
+
+    Raises:
+        ValueError: nothing is found there.
+    """
     path = Path(dataset).expanduser()
     if path.is_file():
         split = load_dataset(_format(path), data_files=str(path), split="train")
@@ -106,13 +130,17 @@ def _load(dataset: str) -> tuple[Dataset, Dataset]:
         return train, held_out
     if dataset.startswith((".", "/", "~")) or dataset.count("/") != 1:
         raise ValueError(
-            f"dataset {dataset!r} is neither 'generated', a file or folder that exists, nor a "
-            "hub id such as openai/gsm8k"
+            f"dataset {dataset!r} is neither one of this workflow's own, a file or folder that "
+            "exists, nor a hub id such as openai/gsm8k"
         )
-    loaded = load_dataset(dataset, "main")
-    if not isinstance(loaded, DatasetDict) or not {"train", "test"} <= set(loaded):
+    names = configurations or get_dataset_config_names(dataset)
+    parts = [load_dataset(dataset, name) for name in names]
+    if not all(isinstance(p, DatasetDict) and {"train", "test"} <= set(p) for p in parts):
         raise ValueError(f"dataset {dataset!r} has no splits 'train' and 'test'")
-    return loaded["train"], loaded["test"]
+    train, held_out = (
+        concatenate_datasets([p[split] for p in parts]) for split in ("train", "test")
+    )
+    return train, held_out
 
 
 def _format(path: Path) -> str:

@@ -1,0 +1,220 @@
+"""What the reward compares with is kept from the agents, whatever the channels are called."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import pytest
+from langchain_core.messages import HumanMessage
+from langchain_core.runnables import RunnableLambda
+from langchain_openai import ChatOpenAI
+from langgraph.graph import END, START, StateGraph
+
+from marft_graph import Episode, FakeEngine, Trainer, run_episodes
+from marft_graph.errors import DatasetError, RewardError
+from marft_graph.rewards import combine
+from marft_graph.rollout.labels import labels_of
+from marft_graph.workflow import load_target
+from tests import training
+from tests.support import save_random_model
+
+model = ChatOpenAI(model="gpt-4o-mini", api_key="not-set")
+EXAMPLE = {"question": "6*7?", "answer": "42"}
+WORKFLOWS = sorted((Path(__file__).parents[2] / "workflows").glob("*/task.py"))
+
+
+class State(TypedDict, total=False):
+    question: str
+    answer: str
+    notes: Annotated[list[str], operator.add]
+
+
+class Question(TypedDict):
+    question: str
+
+
+class QuestionAndAnswer(Question):
+    answer: str
+
+
+def solver(state: State) -> State:
+    """Shows the model all that it was given."""
+    return {"answer": model.invoke([HumanMessage(repr(sorted(state.items())))]).text}
+
+
+def strict_solver(state: State) -> State:
+    return {"answer": model.invoke([HumanMessage(state["answer"])]).text}
+
+
+def in_place(state: State) -> State:
+    state["answer"] = model.invoke([HumanMessage(repr(sorted(state.items())))]).text
+    return state
+
+
+def silent(state: State) -> State:
+    model.invoke([HumanMessage("hm")])
+    return {"answer": "no"} if state["question"] == "?" else {}
+
+
+def reward(example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+    return float(state["answer"] == example["answer"])
+
+
+def of_question(example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+    return float(len(state) > len(example["question"]))
+
+
+def app(node: Callable[[State], State] = solver, **schemas: Any) -> Any:
+    builder = StateGraph(State, **schemas)
+    builder.add_node("solver", node)
+    builder.add_edge(START, "solver")
+    builder.add_edge("solver", END)
+    return builder.compile()
+
+
+def run(graph: Any, function: Any = reward, **options: Any) -> Episode:
+    engine = FakeEngine({"solver": "41"})
+    try:
+        return run_episodes(graph, [EXAMPLE], engine=engine, reward=function, **options)[0]
+    finally:
+        engine.close()
+
+
+def shown(episode: Episode) -> str:
+    assert episode.ok, episode.error
+    return str(episode.calls[0].messages[0]["content"])
+
+
+def test_a_label_named_like_the_agents_own_answer_is_not_shown_to_it() -> None:
+    assert shown(run(app())) == "[('notes', []), ('question', '6*7?')]"
+
+
+def test_an_app_without_an_answer_is_not_paid_for_the_label() -> None:
+    with pytest.raises(RewardError, match=r"KeyError: 'answer'.*'answer' was withheld .*schema"):
+        run(app(silent))
+
+
+def test_a_node_that_fails_without_the_label_is_told_the_ways_out() -> None:
+    episode = run(app(strict_solver))
+    assert not episode.ok
+    assert "KeyError" in episode.error
+    assert "the example's 'answer' was withheld from the graph" in episode.error
+    assert "`inputs=`" in episode.error
+
+
+def test_an_input_schema_that_names_the_key_is_deliberate() -> None:
+    assert "'42'" in shown(run(app(input_schema=QuestionAndAnswer)))
+    assert "'42'" not in shown(run(app(input_schema=Question)))
+
+
+def test_an_input_function_is_deliberate() -> None:
+    assert "'42'" in shown(run(app(), inputs=dict))
+
+
+def test_what_the_reward_does_not_name_is_an_input() -> None:
+    assert "'42'" in shown(run(app(), of_question))
+    assert "'42'" in shown(run(app(), None))
+
+
+class Judge:
+    """A reward that is an object, and reads by way of another function."""
+
+    def __init__(self, right: Callable[..., float]) -> None:
+        self._right = right
+
+    def __call__(self, example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+        return self._right(example, state)
+
+
+def weighted(weight: float, example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+    return weight * reward(example, state)
+
+
+def by_module(example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+    return training.reward(example, state)
+
+
+LABEL = "answer"
+
+
+def by_constant(example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+    return float(state[LABEL] == example[LABEL])
+
+
+def by_loop(example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+    return sum(float(state[key] == example[key]) for key in ("answer", "notes"))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        by_constant,
+        by_loop,
+        Judge(reward),
+        functools.partial(weighted, 0.5),
+        combine(of_question, (reward, 0.5)),
+        by_module,
+        max,
+    ],
+    ids=["constant", "loop", "object", "partial", "combined", "module", "no code to read"],
+)
+def test_the_reward_may_be_written_in_any_way(function: Any) -> None:
+    assert labels_of(app(), function).withheld == {"answer"}
+
+
+def test_a_subgraph_writes_for_the_node_that_it_is() -> None:
+    builder = StateGraph(State)
+    builder.add_node("team", app())
+    builder.add_edge(START, "team")
+    assert labels_of(builder.compile(), reward).withheld == {"answer"}
+
+
+def test_messages_and_other_channels_that_collect_are_inputs() -> None:
+    def noting(state: State) -> State:
+        return {"notes": ["a"], "answer": "1"}
+
+    def counts(example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+        return len(state["notes"]) - len(example["notes"])
+
+    assert labels_of(app(noting), counts).withheld == set()
+
+
+def test_a_node_that_may_write_anything_brings_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = save_random_model(tmp_path / "model")
+    for graph, said in ((app(in_place), True), (app(RunnableLambda(solver)), False)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "marft_graph"):
+            Trainer(
+                graph,
+                train_dataset=[EXAMPLE],
+                reward=reward,
+                config=training.config(base),
+                run_dir=tmp_path / f"run_{said}",
+            ).close()
+        warned = [r.message for r in caplog.records if "agents can read it" in r.message]
+        assert len(warned) == said
+        assert all("'answer'" in text and "`inputs=`" in text for text in warned)
+
+
+def test_a_graph_whose_only_input_is_the_label_is_refused() -> None:
+    builder = StateGraph(TypedDict("Only", {"answer": str}))
+    builder.add_node("solver", lambda state: {"answer": model.invoke("hm").text})
+    builder.add_edge(START, "solver")
+    with pytest.raises(DatasetError, match="'answer' only, which the reward names"):
+        run(builder.compile())
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.parent.name)
+def test_our_workflows_leave_no_doubt(path: Path) -> None:
+    workflow = load_target(str(path.parent))
+    labels = labels_of(workflow.graph, workflow.reward)
+    if workflow.inputs is None:
+        assert not labels.doubtful
+        assert "question" not in labels.withheld
