@@ -22,6 +22,9 @@ import yaml
 
 from marft_graph.errors import ConfigError
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+"""What `trackers` may name; each is the name of the package too."""
+
 
 def setting(
     default: Any,
@@ -348,8 +351,17 @@ class TrainConfig:
         at_most=86_400,
     )
 
+    # Tracking
+    trackers: tuple[str, ...] = setting(
+        (),
+        "services that get the metrics too: tensorboard (files in the run folder), wandb, mlflow, "
+        "trackio; none: nothing leaves the run folder",
+    )
+    tracker_project: str = setting("marft-graph", "project or experiment of the run at a tracker")
+
     def __post_init__(self) -> None:
         _check_fields(self)
+        _check_trackers(self.trackers)
         fault_rewards_of(self.fault_rewards)
 
     @property
@@ -457,6 +469,14 @@ def _check_fields(settings: Any) -> None:
         value = _coerced(spec.name, getattr(settings, spec.name), hints[spec.name])
         object.__setattr__(settings, spec.name, value)
         _check_range(spec, value)
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(f"trackers has {name!r}; each is one of {', '.join(TRACKERS)}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"trackers names one twice: {', '.join(names)}")
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
