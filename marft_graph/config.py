@@ -22,6 +22,9 @@ import yaml
 
 from marft_graph.errors import ConfigError
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+"""What `trackers` may name; each is the name of the package too."""
+
 
 def setting(
     default: Any,
@@ -367,10 +370,19 @@ class TrainConfig:
         at_most=86_400,
     )
 
+    # Tracking
+    trackers: tuple[str, ...] = setting(
+        (),
+        "services that get the metrics too: tensorboard (files in the run folder), wandb, mlflow, "
+        "trackio; none: nothing leaves the run folder",
+    )
+    tracker_project: str = setting("marft-graph", "project or experiment of the run at a tracker")
+
     def __post_init__(self) -> None:
         if isinstance(self.importance_cap, _ByStaleness):
             object.__setattr__(self, "importance_cap", _STALE_CAP if self.staleness else None)
         _check_fields(self)
+        _check_trackers(self.trackers)
         fault_rewards_of(self.fault_rewards)
         if self.staleness and self.importance_cap is None:
             raise ConfigError(
@@ -484,6 +496,14 @@ def _check_fields(settings: Any) -> None:
         value = _coerced(spec.name, getattr(settings, spec.name), hints[spec.name])
         object.__setattr__(settings, spec.name, value)
         _check_range(spec, value)
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(f"trackers has {name!r}; each is one of {', '.join(TRACKERS)}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"trackers names one twice: {', '.join(names)}")
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

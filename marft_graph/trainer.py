@@ -65,6 +65,7 @@ from marft_graph.run.report import write_report
 from marft_graph.run.resume import check_accepted, check_same_run
 from marft_graph.run.state import RunState, load_weights, read_plans, read_state, write_state
 from marft_graph.run.stopping import Stopped, stop_requests
+from marft_graph.run.trackers import require_tracker_packages, tracking
 from marft_graph.run.tracking import MetricsLog, TrainingProgress, read_metrics
 from marft_graph.run.trajectories import write_traces
 from marft_graph.sampling import Sampler, TrainingEngine, check_staleness
@@ -145,6 +146,7 @@ class Trainer:
         if self.config.constrain_output:
             require_grammar_library()
         check_engine_settings(self.config)
+        require_tracker_packages(self.config.trackers)
         check_accepted(accept_changes)
         earlier = os.path.expanduser(self.config.start_from or "")
         if earlier and os.path.exists(Path(earlier) / "manifest.json"):
@@ -510,7 +512,14 @@ class Trainer:
             remove_leftovers(self.run_dir)
             settings = {**self.config.to_dict(), **self._extra_settings}
             describe_run(self.run_dir, settings, self.flex_mg, self._base_files)
-            yield MetricsLog(self.run_dir)
+            with tracking(
+                self.config.trackers if self._ranks.is_main else (),
+                self.run_dir,
+                project=self.config.tracker_project,
+                settings=settings,
+                iteration=self.iteration,
+            ) as track:
+                yield MetricsLog(self.run_dir, track)
         finally:
             self._lock.release()
 

@@ -19,6 +19,10 @@ _LEGEND = (
     "next (dashed: on a condition, thick: once for each Send); where it is orange, what one node "
     "writes the next may read."
 )
+_NOTES = (
+    "Under an agent's name: tokens that it writes in an episode, and its KL to the base in nats "
+    "per token."
+)
 _STYLE = """
 :root{color-scheme:light dark}
 body{font:16px/1.5 system-ui,sans-serif;margin:1rem auto;max-width:90rem;padding:0 1rem;
@@ -37,6 +41,8 @@ class Overlay:
     """(name, value) pairs, as they are shown."""
     curve: str = ""
     """An SVG of its learning curve."""
+    note: str = ""
+    """A few figures to stand in its box, at most twenty-two characters or so."""
 
 
 def to_html(
@@ -72,14 +78,16 @@ def graph_view(flex_mg: FlexMG, overlays: Mapping[str, Overlay] | None = None) -
     script = (here / "page.js").read_text(encoding="utf-8")
     nodes = {node: _about(flex_mg, node, (overlays or {}).get(node)) for node in flex_mg.order}
     data = json.dumps({"nodes": nodes}, ensure_ascii=False).replace("<", "\\u003c")
+    notes = {node: overlay.note for node, overlay in (overlays or {}).items() if overlay.note}
+    legend = f"{_LEGEND} {_NOTES}" if notes else _LEGEND
     return (
-        f'<style>{style}</style><div class="view"><div class="canvas">{to_svg(flex_mg)}'
+        f'<style>{style}</style><div class="view"><div class="canvas">{to_svg(flex_mg, notes)}'
         '<div class="tools"><button data-do="in" aria-label="zoom in">+</button>'
         '<button data-do="out" aria-label="zoom out">&minus;</button>'
         '<button data-do="all" aria-label="show all">all</button></div></div>'
         '<aside class="panel" aria-live="polite"></aside>'
         f'<script type="application/json">{data}</script><script>{script}</script></div>'
-        f'<p class="soft">{_LEGEND}</p>'
+        f'<p class="soft">{legend}</p>'
     )
 
 

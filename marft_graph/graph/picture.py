@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from marft_graph.graph.layout import Layout, Place, Point, layout
 
 _STYLE = """
 .text{font:14px system-ui,sans-serif;text-anchor:middle;dominant-baseline:central;fill:#1f2937}
+.stat{font:10.5px system-ui,sans-serif;text-anchor:middle;dominant-baseline:central;fill:#4b5563}
 .agent{fill:#dbeafe;stroke:#2563eb;stroke-width:1.5}
 .environment{fill:#f3f4f6;stroke:#6b7280;stroke-width:1.5}
 .boundary{fill:#6b7280}
@@ -23,7 +24,7 @@ _STYLE = """
 .carries{stroke:#ea580c}.frozen{fill:#f3f4f6;stroke:#2563eb;stroke-width:1.5;stroke-dasharray:3 3}
 .tip{fill:#4b5563}.observes-tip{fill:#ea580c}
 @media (prefers-color-scheme: dark){
-.text{fill:#f3f4f6}.agent{fill:#1e3a8a;stroke:#93c5fd}.environment{fill:#374151;stroke:#9ca3af}
+.text{fill:#f3f4f6}.stat{fill:#d1d5db}.agent{fill:#1e3a8a;stroke:#93c5fd}.environment{fill:#374151;stroke:#9ca3af}
 .boundary,.tip{fill:#9ca3af}.control,.conditional,.fan_out{stroke:#9ca3af}
 .observes,.carries{stroke:#fb923c}.observes-tip{fill:#fb923c}
 .frozen{fill:#374151;stroke:#93c5fd}}
@@ -56,13 +57,19 @@ class Way:
     curves: Sequence[Cubic]
 
 
-def to_svg(flex_mg: FlexMG) -> str:
-    """A picture for light and dark pages: control flow downward, in orange where data goes too."""
+def to_svg(flex_mg: FlexMG, notes: Mapping[str, str] | None = None) -> str:
+    """A picture for light and dark pages: control flow downward, in orange where data goes too.
+
+    Args:
+        flex_mg: what to draw.
+        notes: a short text under the name of a node, in its box.
+    """
     plan = layout(flex_mg)
     width = _full_width(flex_mg, plan)
     shapes = [_svg_way(way) for way in ways(flex_mg, plan)]
     for node, place in plan.places.items():
-        shapes.append(_svg_box(node, str(flex_mg.graph.nodes[node]["role"]), place))
+        role = str(flex_mg.graph.nodes[node]["role"])
+        shapes.append(_svg_box(node, role, place, (notes or {}).get(node, "")))
     label = html.escape(f"Dependency graph of {', '.join(flex_mg.agents)}", quote=True)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}" '
@@ -170,16 +177,21 @@ def _svg_way(way: Way) -> str:
     return f'<path class="{kind}" {ends} d="M{start} {curves}" marker-end="url(#{tip})"/>'
 
 
-def _svg_box(node: str, role: str, place: Place) -> str:
+def _svg_box(node: str, role: str, place: Place, note: str) -> str:
     if role == "boundary":
         return f'<circle class="boundary" cx="{place.x:.1f}" cy="{place.y:.1f}" r="7"/>'
     name = html.escape(node)
+    y, below = place.y, ""
+    if note:
+        y -= 7
+        at = f'x="{place.x:.1f}" y="{place.y + 10:.1f}"'
+        below = f'<text class="stat" {at}>{html.escape(note)}</text>'
     return (
         f'<g class="node" data-node="{name}">'
         f'<rect class="{role}" x="{place.x - place.half_width:.1f}" '
         f'y="{place.y - place.half_height:.1f}" width="{2 * place.half_width:.1f}" '
         f'height="{2 * place.half_height:.1f}" rx="{18 if role == "agent" else 4}"/>'
-        f'<text class="text" x="{place.x:.1f}" y="{place.y:.1f}">{name}</text></g>'
+        f'<text class="text" x="{place.x:.1f}" y="{y:.1f}">{name}</text>{below}</g>'
     )
 
 

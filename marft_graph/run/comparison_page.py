@@ -18,16 +18,20 @@ from marft_graph.visible import visible
 COMPARISON = "comparison.json"
 STYLE = """
 :root{color-scheme:light dark;--ink:#1f2937;--soft:#6b7280;--line:#e5e7eb;--card:#f9fafb;
---good:#15803d}
+--good:#15803d;--bad:#b91c1c}
 @media (prefers-color-scheme:dark){:root{--ink:#f3f4f6;--soft:#9ca3af;--line:#374151;
---card:#1f2937;--good:#4ade80}
+--card:#1f2937;--good:#4ade80;--bad:#f87171}
 body{background:#111827}}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);max-width:68rem;margin:0 auto;padding:1rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}
-.big{font-size:1.3rem}.soft{color:var(--soft)}.good{color:var(--good)}
+.big{font-size:1.3rem}.soft{color:var(--soft)}.good{color:var(--good)}.bad{color:var(--bad)}
 table{border-collapse:collapse}td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top;
 overflow-wrap:anywhere}
-.wide{overflow-x:auto}
+.wide{overflow-x:auto}.wide svg{max-width:none}
+.nodes{font-size:.9rem}.nodes th{overflow-wrap:normal;min-width:4.5rem}
+.nodes th:first-child{min-width:6rem}.nodes th:last-child{min-width:11rem}
+h4{margin:.4rem 0 0;font-size:.95rem}.card+.card{margin-top:1rem}
+summary{cursor:pointer}li{margin:.4rem 0;overflow-wrap:anywhere}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr));gap:1rem}
 .card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .9rem;
 min-width:0;overflow-wrap:anywhere}

@@ -11,6 +11,7 @@ from marft_graph.run.tracking import read_evaluations, read_metrics
 from marft_graph.visible import visible
 
 _COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#db2777")
+_LONGEST_NAME = 48
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 420, 220, 48, 28, 26
 
 
@@ -50,12 +51,12 @@ def line_chart(title: str, curves: Sequence[Curve]) -> str:
             f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end" opacity=".7">'
             f"{y_high - share * y_span:.3g}</text>"
         )
+    places, height = _legend(curves)
     parts.append(f'<text x="{_LEFT}" y="{_HEIGHT - 8}" opacity=".7">{x_low:g}</text>')
     parts.append(
         f'<text x="{_WIDTH - 8}" y="{_HEIGHT - 8}" text-anchor="end" opacity=".7">'
         f"iteration {x_high:g}</text>"
     )
-    legend_x = _LEFT + 60
     for index, curve in enumerate(curves):
         colour = _COLOURS[index % len(_COLOURS)]
         path = " ".join(at(x, y) for x, y in curve.points)
@@ -66,16 +67,33 @@ def line_chart(title: str, curves: Sequence[Curve]) -> str:
             centre_x, centre_y = at(*curve.points[0]).split(",")
             parts.append(f'<circle cx="{centre_x}" cy="{centre_y}" r="3" fill="{colour}"/>')
         parts.append(
-            f'<text x="{legend_x}" y="{_HEIGHT - 8}" fill="{colour}">'
-            f"{html.escape(visible(curve.name))}</text>"
+            f'<text x="{places[index][0]}" y="{places[index][1]}" fill="{colour}">'
+            f"{html.escape(_short(curve.name))}</text>"
         )
-        legend_x += 7 * len(curve.name) + 16
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
         f'width="{_WIDTH}" '
         f'font-family="system-ui,sans-serif" font-size="12" fill="currentColor" role="img" '
         f'aria-label="{html.escape(title, quote=True)}">{"".join(parts)}</svg>'
     )
+
+
+def _legend(curves: Sequence[Curve]) -> tuple[list[tuple[int, int]], int]:
+    """Where each curve's name stands, in lines under the chart, and the whole height."""
+    places = []
+    x, y = _LEFT, _HEIGHT + 10
+    for curve in curves:
+        width = 7 * len(_short(curve.name)) + 16
+        if x > _LEFT and x + width > _WIDTH:
+            x, y = _LEFT, y + 16
+        places.append((x, y))
+        x += width
+    return places, y + 8
+
+
+def _short(name: str) -> str:
+    shown = visible(name[:_LONGEST_NAME])
+    return shown if len(shown) <= _LONGEST_NAME else f"{shown[: _LONGEST_NAME - 1]}…"
 
 
 def plot_learning_curves(run_dirs: Sequence[Path], out: Path, *, title: str = "") -> Path:

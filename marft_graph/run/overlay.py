@@ -10,7 +10,9 @@ from typing import Any
 from marft_graph.episode import Episode
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.graph.page import Overlay
+from marft_graph.run.advice import recent_figure
 from marft_graph.run.curves import Curve, line_chart
+from marft_graph.run.node_table import calls_per_episode
 from marft_graph.run.tracking import read_metrics
 from marft_graph.run.trajectories import read_traces
 
@@ -27,7 +29,9 @@ def overlays(flex_mg: FlexMG, run_dir: Path) -> dict[str, Overlay]:
         name = flex_mg.adapter(agent)
         trained = [row for row in rows if name in row["agents"]]
         if trained:
-            found[agent] = Overlay(_facts(agent, name, rows, trained), _chart(name, trained))
+            found[agent] = Overlay(
+                _facts(agent, name, rows, trained), _chart(name, trained), _note(name, trained)
+            )
     return found
 
 
@@ -68,6 +72,14 @@ def _facts(
         if values:
             facts.append((label, f"{statistics.fmean(values):.3f}"))
     return facts
+
+
+def _note(name: str, trained: Sequence[Mapping[str, Any]]) -> str:
+    """Tokens in an episode and KL, where they are known."""
+    calls, tokens = calls_per_episode(name, trained), recent_figure(name, "tokens_mean", trained)
+    kl = recent_figure(name, "kl", trained)
+    parts = [] if calls is None or tokens is None else [f"{calls * tokens:.0f} tokens"]
+    return " · ".join(parts if kl is None else [*parts, f"KL {kl:.2f}"])
 
 
 def _chart(name: str, rows: Sequence[Mapping[str, Any]]) -> str:

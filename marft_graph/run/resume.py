@@ -44,6 +44,8 @@ _FREE = frozenset(
         "max_recoveries",
         "early_stop",
         "load_best",
+        "trackers",
+        "tracker_project",
     }
 )
 

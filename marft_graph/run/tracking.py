@@ -1,7 +1,7 @@
 """What a run tells while it goes on: its two logs of figures, and the progress on the terminal.
 
-A row is a plain mapping with an `iteration`; which figures it has is the trainer's business. No
-tracking service is ever contacted.
+A row is a plain mapping with an `iteration`; which figures it has is the trainer's business. Where
+a user asked for trackers, `trackers` gives them the same rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,10 +37,17 @@ class MetricsLog:
 
     Rows are strict JSON: a figure that is not finite is written as null, and the row's
     `non_finite` says which it was (`{"agents.actor.loss_policy": "nan"}`).
+
+    Args:
+        run_dir: the run's folder.
+        track: is given every row once it is written.
     """
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(
+        self, run_dir: str | Path, track: Callable[[Mapping[str, Any]], None] = lambda row: None
+    ) -> None:
         """Opens the logs of a run; a line that an earlier process left unfinished is dropped."""
+        self._track = track
         self._metrics = Path(run_dir) / METRICS
         self._evaluations = Path(run_dir) / EVALUATIONS
         try:
@@ -65,6 +72,7 @@ class MetricsLog:
                 os.fsync(stream.fileno())
         except OSError as error:
             raise CheckpointError(f"cannot write {self._metrics}: {error}") from error
+        self._track(row)
 
     def write_evaluation(self, row: Mapping[str, Any]) -> None:
         """Log an evaluation, in place of an earlier one after the same iteration."""
@@ -75,6 +83,7 @@ class MetricsLog:
             if known["iteration"] == row["iteration"]:
                 known.update(row)
                 _rewrite(self._metrics, metrics)
+        self._track(row)
 
     def truncate(self, iteration: int) -> None:
         """Drop the rows after `iteration`, as a run does that continues from an older state."""

@@ -115,6 +115,111 @@ def test_the_report_says_before_and_after(tmp_path: Path) -> None:
     ]
 
 
+def test_the_report_says_in_words_whether_it_got_better(tmp_path: Path) -> None:
+    def said(*outcomes: float) -> str:
+        folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        after = [episode(i, outcome) for i, outcome in enumerate(outcomes)]
+        write_traces(run_folder(folder) / "traces" / "eval_after.parquet", after, 2, "eval")
+        return write_report(folder).read_text(encoding="utf-8")
+
+    better = said(*[1.0] * 7, 0.0)
+    assert "Training made the app better." in better
+    assert "7 examples earned more than before, 0 less, 1 the same" in better
+    assert "Training made the app worse." in said(*[-1.0] * 8)
+    unclear = said(1.0, -1.0, *[0.0] * 6)
+    assert "No difference shown: the change may be chance." in unclear
+    assert "(eval_examples) would make the interval half as wide" in unclear
+
+
+def agent_row(iteration: int, **agents: dict[str, float]) -> dict[str, Any]:
+    return training_row(iteration, 0.5) | {"agents": agents, "episodes_failed": 0}
+
+
+def test_agents_are_compared_line_by_line(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    (folder / "metrics.jsonl").unlink()
+    log = MetricsLog(folder)
+    for iteration in range(1, 11):
+        late = iteration > 5
+        writer = {"calls": 128.0, "tokens_mean": 10.0 if late else 30.0, "advantage_abs_mean": 0.3}
+        judge = {"calls": 64.0, "tokens_mean": 5.0, "advantage_abs_mean": 0.2}
+        writer |= {"kl": 0.25, "return_mean": 0.9 if late else 0.2, "entropy": 0.5}
+        log.write(agent_row(iteration, writer=writer, judge=judge | {"kl": 0.0001}))
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "writer moved furthest from the base, 0.250 nats per token; judge least, 0.000" in page
+    lines = re.findall(r"<tr>(<td>(?:writer|judge)</td>.*?)</tr>", page)
+    cells = [re.findall("<td>(.*?)</td>", line) for line in lines]
+    # Tokens: 128 x 10 or 30 = 25600 in all, and 64 x 5 x 10 = 3200. Credit: 38.4 and 12.8 a time.
+    assert cells == [
+        [
+            "writer",
+            "2.00",
+            "30.0 → 10.0",
+            "89%",
+            "0.250",
+            "0.50",
+            "75%",
+            "",
+            "0.20 → 0.90",
+            "changed, its calls earn more, writes less",
+        ],
+        ["judge", "1.00", "5.0", "11%", "0.000", "", "25%", "", "", "hardly changed"],
+    ]
+    assert "20 tokens · KL 0.25" in page  # in the writer's box: two calls of ten
+    assert 'aria-label="Tokens sampled in an iteration"' in page
+
+
+def test_examples_that_changed_most_stand_node_by_node(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    outcomes = {0: 0.0, 1: 0.5, 2: -1.0, 3: 1.0}
+    after = [episode(i, outcome, f"says-{i}") for i, outcome in outcomes.items()]
+    failed = Episode({"question": "says-9"}, (), status="failed: timeout", example_index=4)
+    write_traces(folder / "traces" / "eval_after.parquet", [*after, failed], 2, "eval")
+    page = write_report(folder).read_text(encoding="utf-8")
+    _, better, worse = re.split("<h3>Better</h3>|<h3>Worse</h3>", page)
+    assert better.index("says-3") < better.index("says-1")
+    assert "says-2" in worse
+    assert "says-0" not in page  # unchanged, and there are others to show
+    assert "says-9" not in page  # failed: nothing to compare
+    assert "return 0.00 → <b>-1.00</b>" in worse
+    assert re.search(r"<h4>writer</h4>.*before, 1 tokens.*seven.*after, 1 tokens.*says-3", better)
+
+
+def test_a_failure_is_shown_with_its_first_error_and_when(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    reason = "<b>timeout</b>"
+    for iteration in (1, 2):
+        failed = Episode({}, (), status=f"failed: {reason}", error=f"late <i>{iteration}</i>")
+        path = folder / "traces" / f"iter_{iteration:06d}.parquet"
+        write_traces(path, [episode(0, 1.0), failed], iteration, "train")
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "iteration 1: late &lt;i&gt;1&lt;/i&gt;" in page
+    assert "late &lt;i&gt;2" not in page
+    assert 'aria-label="Failed training episodes"' in page
+
+
+def test_warnings_stand_at_the_top_in_words(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    for iteration in (3, 4, 5):
+        stats = {"truncated_share": 0.5}
+        MetricsLog(folder).write(agent_row(iteration, writer=stats, judge=stats))
+    page = write_report(folder).read_text(encoding="utf-8").replace("&#x27;", "'")
+    assert page.index("Health: worth a look") < page.index("Dependency graph")
+    both = "50% of writer's answers were cut off at the token limit. 50% of judge's"
+    assert both in page
+    assert page.count("A higher max_new_tokens") == 1  # once for both
+
+
+def test_the_names_of_curves_never_stand_on_one_another() -> None:
+    curves = [Curve("a long name of a reason " * 4, [(0, 1), (1, 2)]) for _ in range(5)]
+    svg = ElementTree.fromstring(line_chart("x", curves))
+    names = [text for text in svg.iter() if "a long name" in (text.text or "")]
+    places = {(text.attrib["x"], text.attrib["y"]) for text in names}
+    assert len(places) == 5
+    assert all(len(text.text or "") <= 48 for text in names)
+    assert max(float(y) for _, y in places) < float(svg.attrib["viewBox"].split()[3])
+
+
 def test_the_report_needs_no_network_and_runs_no_script_but_its_own(tmp_path: Path) -> None:
     page = write_report(run_folder(tmp_path / "run")).read_text(encoding="utf-8")
     tags = Tags()
