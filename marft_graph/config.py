@@ -187,6 +187,13 @@ class TrainConfig:
         above=0,
     )
     episode_timeout: float = setting(600.0, "deadline of one episode", unit="seconds", above=0)
+    call_timeout: float | None = setting(
+        None,
+        "deadline of one model call, time in the queue included; one that misses it fails its "
+        "episode; none: only the episode has one",
+        unit="seconds",
+        above=0,
+    )
     reward_timeout: float = setting(60.0, "deadline of one reward call", unit="seconds", above=0)
     reward_concurrency: int = setting(64, "reward calls that run at once", at_least=1)
     max_failed_share: float = setting(
@@ -369,6 +376,7 @@ def rollout_settings(config: TrainConfig) -> dict[str, Any]:
     return {
         "concurrency": config.concurrency,
         "episode_timeout": config.episode_timeout,
+        "call_timeout": config.call_timeout,
         "reward_timeout": config.reward_timeout,
         "reward_concurrency": config.reward_concurrency,
         "temperature": config.temperature,

@@ -146,7 +146,7 @@ class VllmEngine:
             publication.users += 1
         future: Future[Completion] = Future()
         try:
-            answer = self._pool.submit(publication.adapters[request.agent], prompt)
+            answer = self._pool.submit(publication.adapters[request.agent], prompt, request.timeout)
         except EngineError:
             self._release(publication)
             raise
