@@ -21,6 +21,9 @@ import yaml
 
 from marft_graph.errors import ConfigError
 
+MICROBATCH_TOKENS = 4096
+"""Padded tokens in one forward pass, where nobody says or measures otherwise."""
+
 
 def setting(
     default: Any,
@@ -254,11 +257,19 @@ class TrainConfig:
     weight_decay: float = setting(0.0, "AdamW weight decay of the adapters", at_least=0)
     epochs: int = setting(1, "passes over an iteration's calls", at_least=1)
     minibatches: int = setting(1, "optimizer steps in a pass", at_least=1)
-    microbatch_tokens: int = setting(
-        4096,
-        "padded tokens in one forward pass of the update; bounds its memory",
+    microbatch_tokens: int | None = setting(
+        MICROBATCH_TOKENS,
+        "padded tokens in one forward pass of the update, which bounds its memory; none: the "
+        "largest that fits into memory_gib, measured in the first update",
         unit="tokens",
         at_least=1,
+    )
+    memory_gib: float | None = setting(
+        None,
+        "microbatch_tokens none: memory that this process may use in an update, on CUDA of its "
+        "device; none: four fifths of what is free then",
+        unit="GiB",
+        above=0,
     )
     clip_ratio: float = setting(0.2, "PPO clip range of the ratio: 1 - c to 1 + c", above=0)
     clip_ratio_high: float | None = setting(
@@ -343,6 +354,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_fields(self)
         fault_rewards_of(self.fault_rewards)
+        if self.memory_gib is not None and self.microbatch_tokens is not None:
+            raise ConfigError(
+                f"memory_gib is {self.memory_gib:g}, and microbatch_tokens {self.microbatch_tokens}"
+                "; a limit of memory needs microbatch_tokens none, which finds what fits"
+            )
 
     @property
     def episodes_per_iteration(self) -> int:

@@ -22,7 +22,7 @@ import torch
 from langgraph.pregel import Pregel
 
 from marft_graph.agents import Agent, adapters_of, agents_of
-from marft_graph.config import TrainConfig, rollout_settings
+from marft_graph.config import MICROBATCH_TOKENS, TrainConfig, rollout_settings
 from marft_graph.data import as_examples, training_data
 from marft_graph.demonstrations import Source, read_demonstrations
 from marft_graph.deploy.export import export_run, write_export
@@ -293,7 +293,7 @@ class Trainer:
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=self._rates if learning_rate is None else learning_rate,
-            microbatch_tokens=self.config.microbatch_tokens,
+            microbatch_tokens=self.config.microbatch_tokens or MICROBATCH_TOKENS,
             max_grad_norm=self.config.max_grad_norm,
             seed=self.config.seed,
         )
@@ -577,6 +577,7 @@ class Trainer:
     def _checkpoint(self, eval_return: float | None) -> None:
         state = self._state
         state.rate_scale = self._learner.rate_scale
+        state.note_microbatches(self.config, self._learner.microbatch_tokens)
         state.eval_return = eval_return
         write_folder_atomically(
             self.run_dir / "checkpoints" / f"step_{state.iteration}",
@@ -667,6 +668,7 @@ class Trainer:
         self._data.seek(self._state.examples_taken)
         self._saved_iteration = self.iteration
         self._learner.rate_scale = self._state.rate_scale
+        self._learner.microbatch_tokens = self._state.microbatches(self.config)
         MetricsLog(self.run_dir).truncate(self.iteration)
         for row in read_metrics(self.run_dir):
             if row.get("collapsed"):

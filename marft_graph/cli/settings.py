@@ -108,8 +108,11 @@ def _option(spec: dataclasses.Field[Any], hint: Any) -> Callable[[Command], Comm
     if hint == str | None:
         return click.option(flag, spec.name, default=None, metavar="TEXT", help=text)
     if origin is types.UnionType:
+        parse, kind = (_number_or_none, "FLOAT")
+        if hint == int | None:
+            parse, kind = (_whole_number_or_none, "INTEGER")
         return click.option(
-            flag, spec.name, type=_number_or_none, default=None, metavar="FLOAT|none", help=text
+            flag, spec.name, type=parse, default=None, metavar=f"{kind}|none", help=text
         )
     return click.option(flag, spec.name, type=hint, default=None, help=text)
 
@@ -132,12 +135,21 @@ def _node_values(
 
 def _number_or_none(text: str) -> object:
     """A number, or the mark that `given_settings` turns into None."""
+    return _parsed(float, "a number", text)
+
+
+def _whole_number_or_none(text: str) -> object:
+    """A whole number, or the mark."""
+    return _parsed(int, "a whole number", text)
+
+
+def _parsed(kind: type[int] | type[float], words: str, text: str) -> object:
     if text.lower() == "none":
         return _NONE
     try:
-        return float(text)
+        return kind(text)
     except ValueError:
-        raise click.BadParameter(f"{text!r} is neither a number nor the word none") from None
+        raise click.BadParameter(f"{text!r} is neither {words} nor the word none") from None
 
 
 def facts(spec: dataclasses.Field[Any], hint: Any) -> Iterator[str]:
