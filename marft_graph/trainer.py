@@ -180,7 +180,7 @@ class Trainer:
         )
         try:
             self._extra_settings = dict(extra_settings or {})
-            self.team = Team.load(agents, self.config)
+            self.team = Team.load(agents, self.config, self._ranks.sharding)
             if threads := self.config.cpu_threads or self.team.cpu_threads:
                 torch.set_num_threads(threads)
             self._rates = {agent.name: agent.learning_rate for agent in agents}
@@ -359,7 +359,7 @@ class Trainer:
 
     def _make_engine(self, agents: Sequence[Agent]) -> LocalEngine | RoutingEngine | VllmEngine:
         if self.config.engine == "vllm":
-            return vllm_engine(self.team, agents, self.config, self.run_dir)
+            return vllm_engine(self.team, agents, self.config, self.run_dir, self._ranks)
         return local_engine(
             self.team,
             max_batch_size=self.config.max_batch_size,
@@ -474,9 +474,12 @@ class Trainer:
             self._unpublished = None
         share = self._ranks.share(len(examples))
         own = [examples[i] for i in share]
-        return self._ranks.together(
-            lambda: self._run(own, share.start, group_size, seed, greedy=greedy) if own else []
-        )
+        # Each process decodes in its own steps: the local engine needs the whole base.
+        is_local = self.config.engine == "local"
+        with self.team.whole() if is_local else contextlib.nullcontext():
+            return self._ranks.together(
+                lambda: self._run(own, share.start, group_size, seed, greedy=greedy) if own else []
+            )
 
     def _run(
         self,

@@ -264,18 +264,22 @@ class Learner:
     def _microbatches(
         self, agent: str, batch: AgentBatch, indices: Sequence[int]
     ) -> Iterator[list[Row]]:
-        """This process's share of some calls in rows, as many at once as there is memory for."""
+        """This process's share of some calls in rows, as many at once as there is memory for.
+
+        Where the base is sharded, a process with one part less than others makes an idle pass.
+        """
+        ranks, policy = self._ranks, self._team.of(agent)
         calls = [batch.calls[i] for i in indices]
-        quadratic = self._team.of(agent).attention_cost
         tokens = sum(len(call.prompt_ids) + len(call.completion_ids) for call in calls)
         size = self.microbatch_tokens or MICROBATCH_TOKENS
-        most = min(size, -(-tokens // self._ranks.count))
-        parts = microbatches(calls, max(1, most), quadratic=quadratic)
-        for number, rows in enumerate(parts):
-            if number % self._ranks.count == self._ranks.index:
-                for row in rows:
-                    row.members = [indices[i] for i in row.members]
-                yield rows
+        most = min(size, -(-tokens // ranks.count))
+        parts = list(microbatches(calls, max(1, most), quadratic=policy.attention_cost))
+        for rows in parts[ranks.index :: ranks.count]:
+            for row in rows:
+                row.members = [indices[i] for i in row.members]
+            yield rows
+        if policy.is_sharded and 0 < len(parts) % ranks.count <= ranks.index:
+            policy.idle_pass(agent)
 
     def _log_ratios(self, agent: str, batch: AgentBatch) -> dict[tuple[int, int], float]:
         """Log of new over old probability of each whole action, by (episode, call)."""
