@@ -24,6 +24,8 @@ from marft_graph.errors import ConfigError
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 """What `trackers` may name; each is the name of the package too."""
+MICROBATCH_TOKENS = 4096
+"""Padded tokens in one forward pass, where nobody says or measures otherwise."""
 
 
 def setting(
@@ -215,6 +217,14 @@ class TrainConfig:
     reward_timeout: float = setting(
         60.0, "deadline of one reward call", unit="seconds", above=0, at_most=_YEAR
     )
+    call_timeout: float | None = setting(
+        None,
+        "deadline of one model call, time in the queue included; one that misses it fails its "
+        "episode; none: only the episode has one",
+        unit="seconds",
+        above=0,
+        at_most=_YEAR,
+    )
     reward_concurrency: int = setting(64, "reward calls that run at once", at_least=1)
     max_failed_share: float = setting(
         0.5, "stop if a larger share of an iteration's episodes fails", at_least=0, at_most=1
@@ -282,11 +292,19 @@ class TrainConfig:
     weight_decay: float = setting(0.0, "AdamW weight decay of the adapters", at_least=0)
     epochs: int = setting(1, "passes over an iteration's calls", at_least=1)
     minibatches: int = setting(1, "optimizer steps in a pass", at_least=1)
-    microbatch_tokens: int = setting(
-        4096,
-        "padded tokens in one forward pass of the update; bounds its memory",
+    microbatch_tokens: int | None = setting(
+        MICROBATCH_TOKENS,
+        "padded tokens in one forward pass of the update, which bounds its memory; none: the "
+        "largest that fits into memory_gib, measured in the first update",
         unit="tokens",
         at_least=1,
+    )
+    memory_gib: float | None = setting(
+        None,
+        "microbatch_tokens none: memory that this process may use in an update, on CUDA of its "
+        "device; none: four fifths of what is free then",
+        unit="GiB",
+        above=0,
     )
     clip_ratio: float = setting(0.2, "PPO clip range of the ratio: 1 - c to 1 + c", above=0)
     clip_ratio_high: float | None = setting(
@@ -389,6 +407,11 @@ class TrainConfig:
                 f"importance_cap is none, with staleness {self.staleness}; what older weights "
                 f"sampled must be weighed: leave it out ({_STALE_CAP:g}), or give a number"
             )
+        if self.memory_gib is not None and self.microbatch_tokens is not None:
+            raise ConfigError(
+                f"memory_gib is {self.memory_gib:g}, and microbatch_tokens {self.microbatch_tokens}"
+                "; a limit of memory needs microbatch_tokens none, which finds what fits"
+            )
 
     @property
     def episodes_per_iteration(self) -> int:
@@ -425,6 +448,7 @@ def rollout_settings(config: TrainConfig) -> dict[str, Any]:
     return {
         "concurrency": config.concurrency,
         "episode_timeout": config.episode_timeout,
+        "call_timeout": config.call_timeout,
         "reward_timeout": config.reward_timeout,
         "reward_concurrency": config.reward_concurrency,
         "temperature": config.temperature,

@@ -13,6 +13,7 @@
     ├── OutOfMemoryError      an update does not fit into memory                    (MemoryError)
     ├── EpisodeTimeoutError   an episode or a call ran past its deadline            (TimeoutError)
     ├── EngineError           an engine stopped or cannot answer                    (RuntimeError)
+    │   └── CallTimeoutError  a model call was not answered within its time         (TimeoutError)
     ├── DistributedError      another of the processes that train together failed   (RuntimeError)
     ├── CheckpointError       a checkpoint or run folder cannot be used             (RuntimeError)
     ├── ExportError           an export folder cannot be written or read            (RuntimeError)
@@ -73,6 +74,10 @@ class EpisodeTimeoutError(MarftError, TimeoutError):
 
 class EngineError(MarftError, RuntimeError):
     """An engine was closed, died, or answered something unusable."""
+
+
+class CallTimeoutError(EngineError, TimeoutError):
+    """An engine did not answer a model call within the call's own time."""
 
 
 class DistributedError(MarftError, RuntimeError):

@@ -1,8 +1,8 @@
 """Processes that train together, as `accelerate launch` starts them: data parallelism.
 
-Every process has the models and comes to the same decisions. Each runs a share of the episodes and
-of every step's calls; episodes are exchanged, gradients added up. One process is the same with
-nothing to exchange.
+Every process has the models, or with FSDP a part of their layers, and comes to the same decisions.
+Each runs a share of the episodes and of every step's calls; episodes are exchanged, gradients added
+up. One process is the same with nothing to exchange.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import Tensor, nn
 
 from marft_graph.config import TrainConfig
@@ -28,16 +29,45 @@ _PATIENCE = timedelta(hours=2)
 """How long a process waits for the others, who may have the longer episodes."""
 
 
+_OTHERS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+"""What accelerate can also be told to use, by the variable that tells it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How accelerate's settings divide the frozen base among the processes (FSDP2)."""
+
+    device: torch.device
+    """Where this process computes."""
+    count: int
+    """Processes."""
+    is_resharded: bool
+    """Whether a layer's weights go again once it has run forward (`fsdp_reshard_after_forward`)."""
+    is_offloaded: bool
+    """Whether a process keeps its part in host memory (`fsdp_offload_params`)."""
+
+
 class Ranks:
-    """This process among those that train together."""
+    """This process among those that train together.
+
+    Raises:
+        ConfigError: accelerate is told to use what this package cannot.
+    """
 
     def __init__(self) -> None:
+        _refuse_others()
         # Only when it is told so does accelerate connect processes that have no accelerator.
         on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         state = PartialState(cpu=on_cpu, timeout=_PATIENCE)
         self.index: int = state.process_index
         self.count: int = state.num_processes
         self._device = state.device
+        self.sharding = _sharding(state.device, self.count) if self.count > 1 else None
+        """How the base is divided among the processes; None: each has all of it."""
 
     @property
     def is_main(self) -> bool:
@@ -74,6 +104,14 @@ class Ranks:
             if problem is not None:
                 raise DistributedError(f"process {rank} failed: {problem}")
         return [item for items, _ in parts for item in items]
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """What the first process makes, known to all.
+
+        Raises:
+            As `together`.
+        """
+        return self.together(lambda: [work()] if self.is_main else [])[0]
 
     def any(self, is_true: bool) -> bool:
         """Whether something is so in any process."""
@@ -124,17 +162,61 @@ def check_ranks(ranks: Ranks, config: TrainConfig) -> None:
     Raises:
         ConfigError: names the setting.
     """
-    if ranks.count > 1 and config.engine != "local":
+    if ranks.count == 1:
+        return
+    if config.engine != "local" and not config.engine_urls:
         raise ConfigError(
-            f"engine is {config.engine!r}, with {ranks.count} processes; several processes sample "
-            "with engine local, or one process uses many servers (engine_urls)"
+            f"engine is {config.engine!r}, with {ranks.count} processes, and there are no "
+            "engine_urls; several processes use servers that run already, or engine local"
         )
-    if ranks.count > 1 and config.staleness:
+    if config.staleness:
         raise ConfigError(
             f"staleness is {config.staleness}, with {ranks.count} processes; rollouts run beside "
             "updates in a single process only: set staleness to 0, or use one process with many "
             "servers (engine vllm)"
         )
+    if ranks.sharding is not None and config.quantization != "none":
+        raise ConfigError(
+            f"quantization is {config.quantization}, and FSDP shards the base; use one of the two"
+        )
+
+
+def _refuse_others() -> None:
+    for variable, name in _OTHERS.items():
+        if parse_flag_from_env(variable):
+            raise ConfigError(
+                f"accelerate's settings ask for {name}, which marft-graph does not use: only the "
+                "adapters have gradients and optimizer states, and they are small. Use "
+                "distributed_type MULTI_GPU, or, to divide the base's weights among the "
+                "processes, FSDP with fsdp_version 2 (docs/several_gpus.md)"
+            )
+
+
+def _sharding(device: torch.device, count: int) -> Sharding | None:
+    """What accelerate's FSDP settings say.
+
+    Raises:
+        ConfigError: they ask for what is not supported.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    # Each process loads the base itself; the plugin tells transformers so by its variable.
+    plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)
+    if plugin.fsdp_version != 2:
+        raise ConfigError(
+            f"accelerate's settings have fsdp_version {plugin.fsdp_version}; it must be 2"
+        )
+    if plugin.activation_checkpointing:
+        raise ConfigError(
+            "accelerate's settings have fsdp_activation_checkpointing; use the setting "
+            "gradient_checkpointing instead"
+        )
+    return Sharding(
+        device,
+        count,
+        is_resharded=bool(plugin.reshard_after_forward),
+        is_offloaded=parse_flag_from_env("FSDP_OFFLOAD_PARAMS"),
+    )
 
 
 def own_folder(ranks: Ranks, run_dir: str | Path | None, *, resume: bool) -> str | Path | None:

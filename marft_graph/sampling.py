@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +63,7 @@ class Sampler:
         adapters: the trained nodes, and the name of each one's adapter.
         inputs: makes the graph's input from an example, where its keys do not fit.
         ranks: processes that share the episodes.
+        base: holds what the engine needs of the base model while episodes run.
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class Sampler:
         adapters: Mapping[str, str],
         inputs: InputFunction | None,
         ranks: Ranks,
+        base: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._graph = graph
+        self._base = base
         self._engine = engine
         self._data = data
         self._config = config
@@ -174,7 +178,8 @@ class Sampler:
                 **rollout_settings(self._config),
             )
 
-        return self._ranks.together(lambda: run() if own else [])
+        with self._base():
+            return self._ranks.together(lambda: run() if own else [])
 
     def _refuse_failures(self, episodes: Sequence[Episode], iteration: int) -> None:
         failed = [episode for episode in episodes if not episode.ok]

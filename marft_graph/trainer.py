@@ -24,7 +24,7 @@ from langgraph.pregel import Pregel
 
 from marft_graph.agents import Agent, adapters_of, agents_of
 from marft_graph.ahead import RolloutsAhead, check_weights_can_be_kept
-from marft_graph.config import TrainConfig
+from marft_graph.config import MICROBATCH_TOKENS, TrainConfig
 from marft_graph.data import as_examples, training_data
 from marft_graph.demonstrations import Source, read_demonstrations
 from marft_graph.deploy.export import export_run, write_export
@@ -186,7 +186,7 @@ class Trainer:
         )
         try:
             self._extra_settings = dict(extra_settings or {})
-            self.team = Team.load(agents, self.config)
+            self.team = Team.load(agents, self.config, self._ranks.sharding)
             bases = dict.fromkeys(agent.base_model for agent in agents)
             self._base_files = {base: fingerprint(base) for base in bases}
             check_weights_can_be_kept(self.team, self.config)
@@ -215,6 +215,8 @@ class Trainer:
                 adapters={node: self.flex_mg.adapter(node) for node in self.nodes},
                 inputs=inputs,
                 ranks=self._ranks,
+                # Each process decodes in its own steps: the local engine needs the whole base.
+                base=self.team.whole if self.config.engine == "local" else contextlib.nullcontext,
             )
             self._ahead = RolloutsAhead(
                 self._sampler,
@@ -317,7 +319,7 @@ class Trainer:
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=self._rates if learning_rate is None else learning_rate,
-            microbatch_tokens=self.config.microbatch_tokens,
+            microbatch_tokens=self.config.microbatch_tokens or MICROBATCH_TOKENS,
             max_grad_norm=self.config.max_grad_norm,
             seed=self.config.seed,
         )
@@ -390,7 +392,7 @@ class Trainer:
 
     def _make_engine(self, agents: Sequence[Agent]) -> TrainingEngine:
         if self.config.engine == "vllm":
-            return vllm_engine(self.team, agents, self.config, self.run_dir)
+            return vllm_engine(self.team, agents, self.config, self.run_dir, self._ranks)
         return local_engine(
             self.team,
             max_batch_size=self.config.max_batch_size,
@@ -526,6 +528,7 @@ class Trainer:
     def _checkpoint(self, eval_return: float | None) -> None:
         state = self._state
         state.rate_scale = self._learner.rate_scale
+        state.note_microbatches(self.config, self._learner.microbatch_tokens)
         state.eval_return = eval_return
         write_folder_atomically(
             self.run_dir / "checkpoints" / f"step_{state.iteration}",
@@ -619,6 +622,7 @@ class Trainer:
         self._data.seek(self._state.examples_taken)
         self._saved_iteration = self.iteration
         self._learner.rate_scale = self._state.rate_scale
+        self._learner.microbatch_tokens = self._state.microbatches(self.config)
         MetricsLog(self.run_dir).truncate(self.iteration)
         for row in read_metrics(self.run_dir):
             if row.get("collapsed"):

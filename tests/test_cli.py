@@ -159,12 +159,14 @@ def test_options_of_every_kind_reach_the_settings(no_training, tmp_path):
         *("train", "w", "--run-dir", tmp_path / "run", "--nodes", "a", "--nodes", "b c"),
         *("--no-normalize-advantages", "--value-clip", "none", "--target-kl", "0.1"),
         *("--level", "action", "--iterations", "3", "--base-model", "org/model"),
+        *("--cpu-threads", "2", "--microbatch-tokens", "none"),
     )
     config = no_training[-1]["config"]
     assert config.nodes == ("a", "b c")
     assert config.normalize_advantages is False
     assert config.value_clip is None
     assert config.target_kl == 0.1
+    assert (config.cpu_threads, config.microbatch_tokens) == (2, None)
     assert (config.level, config.iterations, config.base_model) == ("action", 3, "org/model")
 
 

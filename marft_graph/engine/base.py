@@ -51,6 +51,9 @@ class GenerationRequest:
     grammar: str = ""
     """JSON schema that the completion must fit, as text; empty: it is free. An engine that cannot
     constrain its completions ignores it."""
+    timeout: float | None = None
+    """Seconds from `submit` within which it must be answered; else it fails, alone, with
+    `CallTimeoutError`. None: it may take any time. Scripted engines answer at once."""
     messages: tuple[BaseMessage, ...] = ()
     """The messages behind `prompt_ids`; only scripted engines read them."""
 

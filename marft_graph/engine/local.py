@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import math
 import threading
 import time
 import weakref
@@ -27,7 +28,13 @@ from marft_graph.engine.cache import RowCache, bytes_per_token
 from marft_graph.engine.prefill import Prompt, prefill
 from marft_graph.engine.prefixes import Prefixes
 from marft_graph.episode import FinishReason
-from marft_graph.errors import EngineError, ModelError, PromptTooLongError
+from marft_graph.errors import (
+    CallTimeoutError,
+    EngineError,
+    MarftError,
+    ModelError,
+    PromptTooLongError,
+)
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.grammar import Following
 from marft_graph.policy.logprobs import FORBIDDEN, constrained, scaled_logprobs
@@ -51,11 +58,29 @@ _KEPT_SHARE = 0.25
 
 
 @dataclass(eq=False, slots=True)
-class _Row:
-    """A completion in the running batch."""
+class _Waiting:
+    """A call that was submitted."""
 
     request: GenerationRequest
     future: Future[Completion]
+    deadline: float
+    """On the monotonic clock; infinity: none."""
+
+    def too_late(self, doing: str) -> CallTimeoutError | None:
+        """The error of a call that has missed its deadline."""
+        if time.monotonic() < self.deadline:
+            return None
+        return CallTimeoutError(
+            f"a call of {self.request.agent or 'the base'} was not answered within "
+            f"{self.request.timeout:g} seconds (call_timeout); it was {doing}"
+        )
+
+
+@dataclass(eq=False, slots=True)
+class _Row:
+    """A completion in the running batch."""
+
+    waiting: _Waiting
     limit: int
     """Most tokens this completion may still have in the context."""
     uniforms: np.ndarray
@@ -64,8 +89,18 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     grammar: Following | None = None
     """Says which tokens may come next; None: all."""
-    failure: ModelError | None = None
+    failure: MarftError | None = None
     """Why the completion cannot be finished."""
+
+    @property
+    def request(self) -> GenerationRequest:
+        """What was asked for."""
+        return self.waiting.request
+
+    @property
+    def future(self) -> Future[Completion]:
+        """Where the completion goes."""
+        return self.waiting.future
 
     @property
     def cached(self) -> int:
@@ -103,8 +138,8 @@ class LocalEngine:
         self._prefixes = Prefixes(int(fitting * _KEPT_SHARE))
         self.prefilled_tokens = 0
         """Prompt tokens that went through the model so far."""
-        self._arrived: list[tuple[GenerationRequest, Future[Completion]]] = []
-        self._queue: deque[tuple[GenerationRequest, Future[Completion]]] = deque()
+        self._arrived: list[_Waiting] = []
+        self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()
         # Held while calls are between the lists below, and while the model runs.
         self._turning = threading.Lock()
@@ -136,7 +171,7 @@ class LocalEngine:
         """
         while True:
             with self._turning, self._changed:
-                waiting = [future for _, future in (*self._arrived, *self._queue)]
+                waiting = [call.future for call in (*self._arrived, *self._queue)]
                 waiting += [row.future for row in self._rows]
                 if not waiting:
                     self._policy.publish(values)
@@ -186,10 +221,11 @@ class LocalEngine:
         if request.grammar:
             self._policy.grammars.compile(request.grammar)  # refused here, not in the thread
         future: Future[Completion] = Future()
+        allowed = math.inf if request.timeout is None else request.timeout
         with self._changed:
             if self._closed:
                 raise EngineError("the engine is closed")
-            self._arrived.append((request, future))
+            self._arrived.append(_Waiting(request, future, time.monotonic() + allowed))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="marft-engine", daemon=True)
                 self._thread.start()
@@ -231,7 +267,7 @@ class LocalEngine:
 
     def _fail_all(self, error: EngineError) -> None:
         with self._changed:
-            waiting = [future for _, future in (*self._arrived, *self._queue)]
+            waiting = [call.future for call in (*self._arrived, *self._queue)]
             waiting += [row.future for row in self._rows]
             self._arrived.clear()
             self._queue.clear()
@@ -264,30 +300,46 @@ class LocalEngine:
         """
         self._answered = self._steps = 0
         with self._changed:
-            self._queue.extend(sorted(self._arrived, key=lambda item: item[0].order))
+            self._queue.extend(sorted(self._arrived, key=lambda call: call.request.order))
             self._arrived.clear()
+            late = self._drop_ended()
             new: list[_Row] = []
             longest = max((self._most_tokens(row.request) for row in self._rows), default=0)
             while self._queue and len(self._rows) + len(new) < self._max_batch_size:
-                if self._queue[0][1].cancelled():
-                    self._queue.popleft()
-                    continue
-                longest = max(longest, self._most_tokens(self._queue[0][0]))
+                longest = max(longest, self._most_tokens(self._queue[0].request))
                 if (len(self._rows) + len(new) + 1) * longest > self._max_tokens:
                     break
-                new.append(self._new_row(*self._queue.popleft()))
+                new.append(self._new_row(self._queue.popleft()))
+        for future, error in late:  # outside the lock: who waits for them may submit again
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
         if new:
             self._prefill(new)
+
+    def _drop_ended(self) -> list[tuple[Future[Completion], CallTimeoutError]]:
+        """Take calls that were cancelled or are too late out of the queue; the latter's errors."""
+        late = []
+        kept: deque[_Waiting] = deque()
+        for call in self._queue:
+            if call.future.cancelled():
+                continue
+            if error := call.too_late("waiting for a place in the batch"):
+                late.append((call.future, error))
+            else:
+                kept.append(call)
+        self._queue = kept
+        return late
 
     def _most_tokens(self, request: GenerationRequest) -> int:
         """So many tokens of cache a call may come to need: its prompt and its longest answer."""
         room = self._policy.codec.context_length - len(request.prompt_ids)
         return len(request.prompt_ids) + max(1, min(request.sampling.max_tokens, room))
 
-    def _new_row(self, request: GenerationRequest, future: Future[Completion]) -> _Row:
+    def _new_row(self, waiting: _Waiting) -> _Row:
+        request = waiting.request
         limit = self._most_tokens(request) - len(request.prompt_ids)
         uniforms = np.random.Generator(np.random.Philox(key=request.seed)).random(limit)
-        row = _Row(request, future, limit, uniforms)
+        row = _Row(waiting, limit, uniforms)
         if request.grammar:
             row.grammar = self._policy.grammars.follow(request.grammar)
         return row
@@ -402,7 +454,10 @@ class LocalEngine:
         stop = row.request.sampling.stop
         if stop and any(word in self._policy.codec.decode(row.ids) for word in stop):
             return "stop"
-        return "length" if len(row.ids) >= row.limit else None
+        if len(row.ids) >= row.limit:
+            return "length"
+        row.failure = row.waiting.too_late(f"being answered, with {len(row.ids)} tokens so far")
+        return None if row.failure is None else "stop"
 
 
 def _constrain(rows: Sequence[_Row], logits_BV: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""An update that runs out of memory: tried again from its start with smaller micro-batches.
+"""An update within memory: micro-batches of a size that fits, or smaller ones where it did not.
 
 Micro-batches change only the order of sums, so a smaller one gives the same update but for
-rounding. Knows nothing of what an update does.
+rounding. An update that runs out of memory is tried again from its start. Knows nothing of what an
+update does.
 """
 
 from __future__ import annotations
@@ -16,27 +17,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from marft_graph.config import MICROBATCH_TOKENS
 from marft_graph.episode import Episode
 from marft_graph.errors import CheckpointError, OutOfMemoryError
+from marft_graph.learn.sizing import is_out_of_memory
 from marft_graph.learn.update import AgentStats, Learner
 from marft_graph.policy.team import Team
 
 logger = logging.getLogger(__name__)
-
-_SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a device or the machine has no memory left.
-
-    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
-    True
-    >>> is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    False
-    """
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(s in str(error).lower() for s in _SIGNS)
 
 
 def update_within_memory(
@@ -44,12 +32,15 @@ def update_within_memory(
 ) -> dict[str, AgentStats]:
     """`learner.update`, with half of `microbatch_tokens` each time it runs out of memory.
 
-    The smaller size stays for later updates.
+    Where `microbatch_tokens` is None, the largest that fits is found first. What was found, or the
+    smaller size, stays for later updates.
 
     Raises:
         CheckpointError: the disk for temporary files is full.
         OutOfMemoryError: not even single calls fit; the team is as it was before the update.
     """
+    if learner.microbatch_tokens is None and any(e.calls for e in episodes if e.ok):
+        learner.find_microbatch_tokens(episodes)
     with tempfile.TemporaryDirectory(prefix="marft-update-") as folder:
         before = _Snapshot(Path(folder), learner, team)
         while True:
@@ -66,7 +57,7 @@ def update_within_memory(
 
 
 def _halve(learner: Learner, episodes: Sequence[Episode], iteration: int, problem: str) -> None:
-    tokens = learner.microbatch_tokens
+    tokens = learner.microbatch_tokens or MICROBATCH_TOKENS
     longest = max(
         (len(c.prompt_ids) + len(c.completion_ids) for e in episodes if e.ok for c in e.calls),
         default=1,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from langchain_core.messages import AIMessage, BaseMessage
 
+from marft_graph.config import MICROBATCH_TOKENS
 from marft_graph.episode import Call
 from marft_graph.errors import DatasetError, TrainingCollapsedError
 from marft_graph.learn.batches import microbatches, score
@@ -49,7 +50,7 @@ def imitate(
     epochs: int = 3,
     batch_size: int = 16,
     learning_rate: float | Mapping[str, float] = 1e-4,
-    microbatch_tokens: int = 4096,
+    microbatch_tokens: int = MICROBATCH_TOKENS,
     max_grad_norm: float = 1.0,
     seed: int = 0,
 ) -> dict[str, Stats]:

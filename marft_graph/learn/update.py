@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from marft_graph.config import TrainConfig
+from marft_graph.config import MICROBATCH_TOKENS, TrainConfig
 from marft_graph.episode import Call, Episode
 from marft_graph.errors import TrainingCollapsedError
 from marft_graph.learn.batches import microbatches, score, token_offsets
@@ -26,6 +26,7 @@ from marft_graph.learn.losses import (
 )
 from marft_graph.learn.order import sequential_factors, turns
 from marft_graph.learn.schedule import rate_share
+from marft_graph.learn.sizing import find_microbatch_tokens, memory_of
 from marft_graph.policy.critic import ValueHead
 from marft_graph.policy.rows import Row
 from marft_graph.policy.team import Team
@@ -37,7 +38,11 @@ _KL_EVERY = 8
 
 
 class Learner:
-    """Updates every agent's adapter from an iteration's episodes (MARFT-A, MARFT-T, or groups)."""
+    """Updates every agent's adapter from an iteration's episodes (MARFT-A, MARFT-T, or groups).
+
+    Raises:
+        ConfigError: the size of micro-batches is to be found, and memory cannot be measured.
+    """
 
     def __init__(
         self,
@@ -56,9 +61,12 @@ class Learner:
         self.rate_scale = 1.0
         """Multiplies every adapter's learning rate; lowered after a collapse."""
         self.microbatch_tokens = settings.microbatch_tokens
+        """Most padded tokens in a forward pass; lowered where memory is short. None: still to be
+        found, by `find_microbatch_tokens`."""
+        if self.microbatch_tokens is None:
+            memory_of(team.policies[0].device)  # refused now rather than after a rollout
         self.out_of_memory = 0
         """How often an update has been done again, in smaller micro-batches."""
-        """Most padded tokens in a forward pass; lowered where memory is short."""
         self.optimizers = {
             agent: torch.optim.AdamW(
                 team.parameters(agent), lr=rate, weight_decay=settings.weight_decay
@@ -121,6 +129,35 @@ class Learner:
             if settings.update_order == "sequential" and agent != turn[-1]:
                 log_ratios |= self._log_ratios(agent, batch)
         return stats
+
+    def find_microbatch_tokens(self, episodes: Sequence[Episode]) -> None:
+        """Set `microbatch_tokens` to the largest size with which an update keeps `memory_gib`.
+
+        Raises:
+            OutOfMemoryError: as in `sizing.find_microbatch_tokens`.
+        """
+        settings = self._settings
+        self.microbatch_tokens = find_microbatch_tokens(
+            self._team,
+            episodes,
+            memory_of(self._team.policies[0].device),
+            self._ranks,
+            memory_gib=settings.memory_gib,
+            is_entropy_learnt=settings.entropy_coef > 0,
+            more=self._bytes_to_come(episodes),
+        )
+
+    def _bytes_to_come(self, episodes: Sequence[Episode]) -> int:
+        """What an update holds besides its passes and weights: moments, and the critics' states."""
+        total = 0
+        for agent, optimizer in self.optimizers.items():
+            if not optimizer.state:
+                total += sum(8 * weight.numel() for weight in self._team.parameters(agent))
+            if agent in self.critics:
+                width = int(self._team.of(agent).config.hidden_size)
+                calls = (call for e in episodes if e.ok for call in e.calls if call.agent == agent)
+                total += sum(4 * width * len(call.completion_ids) for call in calls)
+        return total
 
     def state(self) -> dict[str, Tensor]:
         """Value heads and optimizer moments as flat named tensors, for safetensors."""
@@ -232,17 +269,22 @@ class Learner:
     def _microbatches(
         self, agent: str, batch: AgentBatch, indices: Sequence[int]
     ) -> Iterator[list[Row]]:
-        """This process's share of some calls in rows, as many at once as there is memory for."""
+        """This process's share of some calls in rows, as many at once as there is memory for.
+
+        Where the base is sharded, a process with one part less than others makes an idle pass.
+        """
+        ranks, policy = self._ranks, self._team.of(agent)
         calls = [batch.calls[i] for i in indices]
-        quadratic = self._team.of(agent).attention_cost
         tokens = sum(len(call.prompt_ids) + len(call.completion_ids) for call in calls)
-        most = min(self.microbatch_tokens, -(-tokens // self._ranks.count))
-        parts = microbatches(calls, max(1, most), quadratic=quadratic)
-        for number, rows in enumerate(parts):
-            if number % self._ranks.count == self._ranks.index:
-                for row in rows:
-                    row.members = [indices[i] for i in row.members]
-                yield rows
+        size = self.microbatch_tokens or MICROBATCH_TOKENS
+        most = min(size, -(-tokens // ranks.count))
+        parts = list(microbatches(calls, max(1, most), quadratic=policy.attention_cost))
+        for rows in parts[ranks.index :: ranks.count]:
+            for row in rows:
+                row.members = [indices[i] for i in row.members]
+            yield rows
+        if policy.is_sharded and 0 < len(parts) % ranks.count <= ranks.index:
+            policy.idle_pass(agent)
 
     def _log_ratios(self, agent: str, batch: AgentBatch) -> dict[tuple[int, int], float]:
         """Log of new over old probability of each whole action, by (episode, call)."""

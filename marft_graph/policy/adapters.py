@@ -26,6 +26,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
@@ -41,7 +42,9 @@ from marft_graph.errors import ConfigError, ModelError
 from marft_graph.policy.chat import TokenizerCodec
 from marft_graph.policy.grammar import Grammars
 from marft_graph.policy.lora import BASE, AdapterValues, LoraLayers
+from marft_graph.policy.sharding import ShardedLayers
 from marft_graph.policy.step import StepDecoder
+from marft_graph.ranks import Sharding
 
 T = TypeVar("T")
 Quantization = Literal["none", "4bit"]
@@ -67,6 +70,7 @@ class Policy:
         self.config = base.config.get_text_config()
         self._decoder = base.get_decoder()
         self._lm_head = base.get_output_embeddings()
+        self._sharded: ShardedLayers | None = None
         self._lora = LoraLayers(model)
         self._step = StepDecoder.of(self._decoder, self._lora)
         # Which adapter a whole batch uses is a state of the one model: one user at a time.
@@ -220,6 +224,44 @@ class Policy:
             ConfigError, ModelError: as in `Grammars`.
         """
         return Grammars(self.tokenizer, self.vocabulary, self.end_ids)
+
+    def shard(self, sharding: Sharding) -> None:
+        """Divide the decoder's layers among all processes, and move the rest to their device.
+
+        From now on all processes must make the same passes at the same time, but inside `whole`.
+
+        Raises:
+            ModelError: as in `ShardedLayers`.
+        """
+        adapters = [weight for own in self.adapter_parameters.values() for weight in own]
+        self._step = None  # it has the layers' weights, whole
+        self._sharded = ShardedLayers(self._decoder, adapters, sharding)
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(sharding.device)
+        with torch.no_grad():
+            self.idle_pass(self.agents[0])  # FSDP sets itself up in the first pass
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Let this process make passes of its own; begun and ended by all processes together."""
+        with contextlib.nullcontext() if self._sharded is None else self._sharded.whole():
+            yield
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether other processes have parts of the base."""
+        return self._sharded is not None
+
+    def idle_pass(self, agent: str) -> None:
+        """A pass over one token that adds nothing to any gradient.
+
+        It keeps this process in step with others that have one more to make.
+        """
+        with self.using(agent):
+            states = self.hidden(torch.zeros((1, 1), dtype=torch.long, device=self.device))
+            if states.requires_grad:
+                torch.autograd.backward(states, torch.zeros_like(states))
 
     def checkpoint_gradients(self) -> None:
         """Keep no activations inside layers; the backward pass computes them again."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from marft_graph.agents import Agent
 from marft_graph.config import TrainConfig
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.lora import AdapterValues
+from marft_graph.ranks import Sharding
 
 _SHARED_FROM = 10_000_000
 """Parameters from which on a base's operations are large enough to be shared among threads. On two
@@ -42,8 +44,12 @@ class Team:
         self._policy_of = {agent: policy for policy in policies for agent in policy.agents}
 
     @classmethod
-    def load(cls, agents: Sequence[Agent], config: TrainConfig) -> Team:
+    def load(
+        cls, agents: Sequence[Agent], config: TrainConfig, sharding: Sharding | None = None
+    ) -> Team:
         """Load each base model once, with the adapters of its agents.
+
+        With `sharding` the bases are divided among all processes; each loads them into host memory.
 
         Raises:
             ModelError, ConfigError: as in `Policy.load`.
@@ -55,7 +61,7 @@ class Team:
             Policy.load(
                 base,
                 own,
-                device=config.device,
+                device=config.device if sharding is None else "cpu",
                 dtype=config.dtype,
                 quantization=config.quantization,
                 trust_remote_code=config.trust_remote_code,
@@ -67,6 +73,9 @@ class Team:
         if config.gradient_checkpointing:
             for policy in policies:
                 policy.checkpoint_gradients()
+        if sharding is not None:
+            for policy in policies:
+                policy.shard(sharding)
         return cls(policies, [agent.name for agent in agents])
 
     @classmethod
@@ -106,6 +115,14 @@ class Team:
             for policy in self.policies
         )
         return 1 if small else None
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Let this process make passes of its own through all bases, see `Policy.whole`."""
+        with contextlib.ExitStack() as stack:
+            for policy in self.policies:
+                stack.enter_context(policy.whole())
+            yield
 
     def of(self, agent: str) -> Policy:
         """The policy that holds an agent's adapter."""

@@ -34,6 +34,7 @@ def request_for(
     temperature: float | None = None,
     max_new_tokens: int = 256,
     constrain_output: bool = False,
+    timeout: float | None = None,
 ) -> GenerationRequest:
     """The request for a call, within the limits that the app set.
 
@@ -47,6 +48,7 @@ def request_for(
         max_new_tokens: limit where the app sets none.
         constrain_output: let a call that asks for structured output write nothing else. One that
             may also answer with a tool call stays free, as does structure asked for as a tool call.
+        timeout: seconds within which it must be answered; None: any time.
 
     Raises:
         PromptTooLongError: the prompt leaves no room for a single token.
@@ -67,6 +69,7 @@ def request_for(
         stop=call.stop,
     )
     return GenerationRequest(
+        timeout=timeout,
         agent=call.agent,
         prompt_ids=prompt_ids,
         sampling=sampling,

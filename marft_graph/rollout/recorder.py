@@ -167,6 +167,8 @@ class EpisodeRecorder(Responder):
         engine: None: the app's own models answer, and their calls are kept without token ids.
         agent_of: node path to adapter name; None: the node keeps its own model.
         order: where the episode stands among all (example, group), for the engine's batches.
+        timeout: seconds until the episode's deadline.
+        call_timeout: seconds that one call may take; None: any time.
     """
 
     def __init__(
@@ -182,6 +184,7 @@ class EpisodeRecorder(Responder):
         max_new_tokens: int,
         constrain_output: bool,
         timeout: float,
+        call_timeout: float | None,
     ) -> None:
         self.calls: list[RecordedCall] = []
         self.emitted: list[Emitted] = []
@@ -199,6 +202,7 @@ class EpisodeRecorder(Responder):
         self._constrain_output = constrain_output
         self._started = time.monotonic()
         self._deadline = self._started + timeout
+        self._call_timeout = call_timeout
         self._clock = itertools.count()
         self._lock = threading.Lock()
         self._repeats: Counter[tuple[Any, ...]] = Counter()
@@ -248,6 +252,7 @@ class EpisodeRecorder(Responder):
                 temperature=self._temperature,
                 max_new_tokens=self._max_new_tokens,
                 constrain_output=self._constrain_output,
+                timeout=self._call_timeout,
             )
             future = self._engine.submit(request)
         except MarftError as error:

@@ -69,6 +69,7 @@ def run_episodes(
     group_size: int = 1,
     concurrency: int = 256,
     episode_timeout: float = 600.0,
+    call_timeout: float | None = None,
     reward_timeout: float = 60.0,
     reward_concurrency: int = 64,
     temperature: float | None = None,
@@ -102,6 +103,8 @@ def run_episodes(
         group_size: episodes of each example.
         concurrency: episodes that run at once.
         episode_timeout: seconds that an episode may take.
+        call_timeout: seconds that a model call may take, its time in the engine's queue included;
+            its episode fails then. None: any time.
         reward_timeout: seconds that one reward may take.
         reward_concurrency: reward functions that run at once; synchronous ones in worker threads.
         temperature: sampling temperature; none: what the app asks for, else 1.
@@ -143,6 +146,7 @@ def run_episodes(
         shape=GraphShape.of(app),
         concurrency=concurrency,
         episode_timeout=episode_timeout,
+        call_timeout=call_timeout,
         reward_timeout=reward_timeout,
         reward_concurrency=reward_concurrency,
         temperature=0.0 if greedy else temperature,
@@ -251,6 +255,7 @@ class _Rollout:
     shape: GraphShape
     concurrency: int
     episode_timeout: float
+    call_timeout: float | None
     reward_timeout: float
     reward_concurrency: int
     temperature: float | None
@@ -341,6 +346,7 @@ class _EpisodeRun:
             max_new_tokens=rollout.max_new_tokens,
             constrain_output=rollout.constrain_output,
             timeout=rollout.episode_timeout,
+            call_timeout=rollout.call_timeout,
         )
         self._events: list[Event] = []
         self._state: Any = None

@@ -35,6 +35,7 @@ _FREE = frozenset(
         "device",
         "cache_gib",
         "cpu_threads",
+        "memory_gib",
         "engine_urls",
         "engine_timeout",
         "engine_patience",

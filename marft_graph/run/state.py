@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from marft_graph.config import TrainConfig
 from marft_graph.errors import CheckpointError
 from marft_graph.learn.update import Learner
 from marft_graph.policy.team import Team, Weights
@@ -35,6 +36,22 @@ class RunState:
     evaluations_since_best: int = 0
     evaluated_iteration: int | None = None
     """The last one that `note_evaluation` has counted."""
+
+    microbatch_tokens: int | None = None
+    """Size that the learner found or fell back to; the same sizes give the same bits."""
+    microbatch_settings: list[float | None] = field(default_factory=list)
+    """`microbatch_tokens` and `memory_gib` of the settings that it belongs to."""
+
+    def note_microbatches(self, config: TrainConfig, tokens: int | None) -> None:
+        """Take down the size of micro-batches in use."""
+        self.microbatch_tokens = tokens
+        self.microbatch_settings = [config.microbatch_tokens, config.memory_gib]
+
+    def microbatches(self, config: TrainConfig) -> int | None:
+        """The size to go on with: what was in use, unless the user now says otherwise."""
+        settings = [config.microbatch_tokens, config.memory_gib]
+        is_same = self.microbatch_settings == settings
+        return self.microbatch_tokens if is_same else config.microbatch_tokens
 
     def note_evaluation(self, eval_return: float) -> None:
         """Take the held-out return of the present iteration into account, measured again or not."""
@@ -96,6 +113,9 @@ def read_state(folder: Path) -> RunState:
         counts = (state.iteration, state.examples_taken, state.recoveries)
         if not all(isinstance(count, int) and count >= 0 for count in counts):
             raise ValueError(f"not all of {counts} are counts")
+        tokens = state.microbatch_tokens
+        if tokens is not None and not (isinstance(tokens, int) and tokens > 0):
+            raise ValueError(f"microbatch_tokens is {tokens!r}")
         return state
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(

@@ -14,14 +14,22 @@ import pytest
 import torch
 from langchain_core.messages import HumanMessage
 
+from marft_graph.engine import local
 from marft_graph.engine.base import Completion, GenerationRequest, SamplingSettings
 from marft_graph.engine.cache import bytes_per_token
 from marft_graph.engine.local import LocalEngine, sample
 from marft_graph.engine.prefixes import Prefixes
-from marft_graph.errors import ConfigError, EngineError, ModelError, PromptTooLongError
+from marft_graph.errors import (
+    CallTimeoutError,
+    ConfigError,
+    EngineError,
+    ModelError,
+    PromptTooLongError,
+)
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.logprobs import FORBIDDEN, token_logprobs
-from tests.apps import Move
+from marft_graph.rollout.runner import run_episodes
+from tests.apps import Move, duo
 from tests.support import make_agents, save_random_model
 
 AGENTS = ("reasoner", "actor")
@@ -105,6 +113,90 @@ def test_calls_beyond_the_batch_size_wait_their_turn(policy: Policy) -> None:
     many = [f.result(timeout=60) for f in [wide.submit(r) for r in requests]]
     wide.close()
     assert [c.ids for c in few] == [c.ids for c in many]
+
+
+class Start:
+    """A gate that opens when it is told to."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+
+    def wait(self) -> None:
+        assert self.opened.wait(60)
+
+
+def answers(engine: LocalEngine, requests: list[GenerationRequest]) -> list[Completion | Exception]:
+    """What becomes of requests that arrive together."""
+    gate = Start()
+    engine.use_gate(gate)
+    futures = [engine.submit(request) for request in requests]
+    gate.opened.set()
+    found = [future.exception(timeout=60) or future.result() for future in futures]
+    engine.use_gate(None)
+    engine.close()
+    return found
+
+
+def test_a_call_that_waits_past_its_deadline_fails_alone(policy: Policy) -> None:
+    requests = mixed_requests(policy, 12)
+    expected = answers(LocalEngine(policy, max_batch_size=3), requests)
+    late = dataclasses.replace(requests[5], order=(5, 1), timeout=1e-6)
+    *others, error = answers(LocalEngine(policy, max_batch_size=3), [*requests, late])
+    assert isinstance(error, CallTimeoutError)
+    assert "reasoner" in str(error) or "actor" in str(error)
+    assert "1e-06 seconds (call_timeout); it was waiting for a place" in str(error)
+    assert others == expected  # tokens and log-probs, to the last bit
+
+
+def test_a_call_that_is_decoded_past_its_deadline_fails_alone(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = mixed_requests(policy, 12)
+    expected = answers(LocalEngine(policy), requests)
+    slow = next(i for i, c in enumerate(expected) if len(c.ids) > 12)
+    hidden, passes = policy.hidden, []
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        passes.append(1)
+        return hidden(*args, **kwargs)
+
+    monkeypatch.setattr(policy, "hidden", counted)
+    # Time stands still for six passes through the model; then a minute is over.
+    monkeypatch.setattr(local.time, "monotonic", lambda: 0.0 if len(passes) < 6 else 60.0)
+    requests[slow] = dataclasses.replace(requests[slow], timeout=30.0)
+    found = answers(LocalEngine(policy), requests)
+    error = found.pop(slow)
+    del expected[slow]
+    assert isinstance(error, CallTimeoutError)
+    assert "30 seconds (call_timeout); it was being answered, with " in str(error)
+    assert [c.ids for c in found] == [c.ids for c in expected]
+    for own, other in zip(found, expected, strict=True):
+        # A batch with a row less may be multiplied in another order.
+        assert own.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+def test_an_episode_fails_by_the_name_of_its_calls_deadline(policy: Policy) -> None:
+    engine = LocalEngine(policy)
+    examples = [{"question": "q"}] * 3
+    names = {"planner": "reasoner", "solver": "actor"}
+    episodes = run_episodes(duo(), examples, engine=engine, adapters=names, call_timeout=1e-6)
+    assert {e.status for e in episodes} == {"failed: CallTimeoutError in planner"}
+    (forgiven,) = run_episodes(
+        duo(),
+        examples[:1],
+        engine=engine,
+        adapters=names,
+        call_timeout=1e-6,
+        fault_rewards={"CallTimeoutError": -1.0},
+    )
+    assert (forgiven.status, forgiven.outcome_reward) == ("ok", -1.0)
+    engine.close()
+
+
+def test_an_answer_in_time_is_the_one_without_a_deadline(policy: Policy) -> None:
+    requests = mixed_requests(policy, 6)
+    hurried = [dataclasses.replace(request, timeout=60.0) for request in requests]
+    assert answers(LocalEngine(policy), hurried) == answers(LocalEngine(policy), requests)
 
 
 def test_a_stop_string_ends_the_completion_and_stays_in_its_ids(policy: Policy) -> None:

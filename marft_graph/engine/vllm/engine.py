@@ -38,6 +38,7 @@ from marft_graph.errors import ConfigError, EngineError, PromptTooLongError
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.lora import AdapterValues
 from marft_graph.policy.team import Team
+from marft_graph.ranks import Ranks
 
 # What vLLM accepts as it is; it raises lower temperatures to the first of them.
 _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 2.0
@@ -71,12 +72,17 @@ class VllmEngine:
             alone, so they may change while completions run.
         pool: the servers, not started yet.
         folder: where versions of adapters are written; the servers must see it under this path.
+        ranks: processes that train together. The first one's adapters and folder serve them all;
+            they publish together.
 
     `publish` must be called once before calls are submitted: it starts what has to be started.
     """
 
-    def __init__(self, policy: Policy, pool: ServerPool, folder: Path) -> None:
+    def __init__(
+        self, policy: Policy, pool: ServerPool, folder: Path, ranks: Ranks | None = None
+    ) -> None:
         self._policy = policy
+        self._ranks = ranks or Ranks()
         self._pool = pool
         self._folder = folder.absolute()
         self._end_ids = tuple(sorted(policy.end_ids))
@@ -101,6 +107,7 @@ class VllmEngine:
 
         Raises:
             EngineError: no server could take them in time; the message has each server's reason.
+            DistributedError: another process could not.
         """
         if not self._close.alive:
             raise EngineError("the engine is closed")
@@ -108,6 +115,21 @@ class VllmEngine:
             self._is_started = True
             shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
             self._pool.start(base_probe(self._policy))
+        # All processes know the versions by the first one's names; a server has each of them once.
+        new = self._ranks.by_first(lambda: self._written(version, values))
+        try:
+            self._ranks.together(lambda: self._load(new))
+        except BaseException:
+            self._retire(new)
+            raise
+        with self._lock:
+            old, self._published = self._published, new
+            is_over = old is not None and old.users == 0
+        if old is not None and is_over:
+            self._retire(old)
+
+    def _written(self, version: int, values: AdapterValues | None) -> _Publication:
+        """The adapters, in a folder of their own."""
         # A version may be published twice with other weights, after a collapse say.
         mark = secrets.token_hex(4)
         new = _Publication(version, self._folder / f"v{version}-{mark}")
@@ -115,17 +137,14 @@ class VllmEngine:
             folder = new.folder / agent
             self._policy.save_adapter(agent, folder, values)
             new.adapters[agent] = Adapter(f"{agent}@v{version}-{mark}", folder)
-        try:
-            self._pool.load(list(new.adapters.values()))
-        except BaseException:
-            self._retire(new)
-            raise
-        new.adapters[None] = self._base_adapter(new.adapters[self._policy.agents[0]])
-        with self._lock:
-            old, self._published = self._published, new
-            is_over = old is not None and old.users == 0
-        if old is not None and is_over:
-            self._retire(old)
+        if self._untouched is None:
+            self._untouched = self._base_adapter(new.adapters[self._policy.agents[0]])
+        new.adapters[None] = self._untouched
+        return new
+
+    def _load(self, new: _Publication) -> tuple[()]:
+        self._pool.load(new.own_adapters())
+        return ()
 
     def submit(self, request: GenerationRequest) -> Future[Completion]:
         """Queue a request for the version that was published last.
@@ -151,7 +170,7 @@ class VllmEngine:
             publication.users += 1
         future: Future[Completion] = Future()
         try:
-            answer = self._pool.submit(publication.adapters[request.agent], prompt)
+            answer = self._pool.submit(publication.adapters[request.agent], prompt, request.timeout)
         except EngineError:
             self._release(publication)
             raise
@@ -181,15 +200,13 @@ class VllmEngine:
         batch have an adapter: the base's tokens get the last adapter too (index -1 of the stack in
         `lora/ops/torch_ops`).
         """
-        if self._untouched is None:
-            mark = secrets.token_hex(4)
-            folder = self._folder / f"base-{mark}"
-            shutil.copytree(like.folder, folder)
-            weights = load_file(folder / "adapter_model.safetensors")
-            zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-            save_file(zeros, folder / "adapter_model.safetensors", {"format": "pt"})
-            self._untouched = Adapter(f"base@{mark}", folder)
-        return self._untouched
+        mark = secrets.token_hex(4)
+        folder = self._folder / f"base-{mark}"
+        shutil.copytree(like.folder, folder)
+        weights = load_file(folder / "adapter_model.safetensors")
+        zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        save_file(zeros, folder / "adapter_model.safetensors", {"format": "pt"})
+        return Adapter(f"base@{mark}", folder)
 
     def _check(self, request: GenerationRequest) -> None:
         if request.agent is not None and request.agent not in self._policy.agents:
@@ -243,7 +260,11 @@ class VllmEngine:
 
 
 def vllm_engine(
-    team: Team, agents: Sequence[Agent], config: TrainConfig, run_dir: Path
+    team: Team,
+    agents: Sequence[Agent],
+    config: TrainConfig,
+    run_dir: Path,
+    ranks: Ranks | None = None,
 ) -> VllmEngine:
     """The engine on the servers that the settings name, or on one that is started for the run.
 
@@ -265,7 +286,7 @@ def vllm_engine(
         else [_started(agents, config, run_dir, on_cpu=policy.device.type == "cpu")]
     )
     pool = ServerPool(servers, in_flight=config.max_batch_size, patience=config.engine_patience)
-    return VllmEngine(policy, pool, run_dir / "served_adapters")
+    return VllmEngine(policy, pool, run_dir / "served_adapters", ranks)
 
 
 def base_probe(policy: Policy) -> Probe:

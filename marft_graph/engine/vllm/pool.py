@@ -17,7 +17,13 @@ from typing import Any, TypeVar
 
 from marft_graph.engine.vllm.endpoint import Adapter, Answer, Probe, Prompt, ServerFailure
 from marft_graph.engine.vllm.fleet import Fleet, Server
-from marft_graph.errors import ConfigError, EngineError, MarftError, PromptTooLongError
+from marft_graph.errors import (
+    CallTimeoutError,
+    ConfigError,
+    EngineError,
+    MarftError,
+    PromptTooLongError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +69,17 @@ class ServerPool:
         self._probe = probe
         self._thread.start()
 
-    def submit(self, adapter: Adapter, prompt: Prompt) -> Future[Answer]:
+    def submit(
+        self, adapter: Adapter, prompt: Prompt, timeout: float | None = None
+    ) -> Future[Answer]:
         """Queue a call to an adapter, which is loaded where it was not yet.
 
         The future fails with an `EngineError` that has each server's reason where none gave a
-        usable answer, with `PromptTooLongError` or `ConfigError` where none could. Cancelled, it
-        takes its request back from the server.
+        usable answer, with `PromptTooLongError` or `ConfigError` where none could, and with
+        `CallTimeoutError` where there is none after `timeout` seconds, other tries and the time in
+        the queue included. Cancelled or too late, it takes its request back from the server.
         """
-        return self._schedule(self._complete(adapter, prompt))
+        return self._schedule(self._complete_within(adapter, prompt, timeout))
 
     def load(self, adapters: Sequence[Adapter]) -> None:
         """Give every server these adapters; returns once one server or more has them.
@@ -165,6 +174,18 @@ class ServerPool:
         await self._fleet.load(adapters)
         await self._place(set())
         self._wake_one()  # the place was only looked at
+
+    async def _complete_within(
+        self, adapter: Adapter, prompt: Prompt, timeout: float | None
+    ) -> Answer:
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._complete(adapter, prompt)
+        except TimeoutError as error:
+            raise CallTimeoutError(
+                f"a call of {adapter.name} was not answered within {timeout:g} seconds "
+                "(call_timeout)"
+            ) from error
 
     async def _complete(self, adapter: Adapter, prompt: Prompt) -> Answer:
         if not self._fleet.wants(adapter):

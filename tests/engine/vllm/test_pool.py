@@ -14,7 +14,7 @@ from marft_graph.engine.base import SamplingSettings
 from marft_graph.engine.vllm.endpoint import Adapter, Endpoint, Probe, Prompt, ServerRefusal
 from marft_graph.engine.vllm.fleet import Server
 from marft_graph.engine.vllm.pool import ServerPool
-from marft_graph.errors import ConfigError, EngineError, PromptTooLongError
+from marft_graph.errors import CallTimeoutError, ConfigError, EngineError, PromptTooLongError
 from tests.engine.vllm.stand_in import StandIn
 
 ACTOR = Adapter("actor@v1", Path("/adapters/actor"))
@@ -61,6 +61,23 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+def test_a_call_past_its_own_deadline_fails_alone(servers: list[StandIn], make: Make) -> None:
+    pool = make(servers[:1], in_flight=2)
+    servers[0].may_answer.clear()
+    asked, waiting, patient = (
+        pool.submit(ACTOR, prompt(1), 0.3),
+        pool.submit(ACTOR, prompt(2), 0.3),
+        pool.submit(ACTOR, prompt(3), WAIT),
+    )
+    for late in (asked, waiting):
+        with pytest.raises(CallTimeoutError, match=r"actor@v1 .* within 0.3 seconds"):
+            late.result(WAIT)
+    wait_for(lambda: servers[0].running == 1)  # the late calls were taken back
+    servers[0].may_answer.set()
+    assert patient.result(WAIT).ids
+    assert pool.stats()["calls_retried"] == 0
 
 
 def test_calls_are_spread_over_the_servers(servers: list[StandIn], make: Make) -> None:
