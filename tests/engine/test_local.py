@@ -154,13 +154,13 @@ def test_a_call_that_is_decoded_past_its_deadline_fails_alone(
     requests = mixed_requests(policy, 12)
     expected = answers(LocalEngine(policy), requests)
     slow = next(i for i, c in enumerate(expected) if len(c.ids) > 12)
-    hidden, passes = policy.hidden, []
+    logits, passes = policy.logits, []
 
     def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
         passes.append(1)
-        return hidden(*args, **kwargs)
+        return logits(*args, **kwargs)
 
-    monkeypatch.setattr(policy, "hidden", counted)
+    monkeypatch.setattr(policy, "logits", counted)
     # Time stands still for six passes through the model; then a minute is over.
     monkeypatch.setattr(local.time, "monotonic", lambda: 0.0 if len(passes) < 6 else 60.0)
     requests[slow] = dataclasses.replace(requests[slow], timeout=30.0)
