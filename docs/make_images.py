@@ -70,7 +70,7 @@ def main() -> None:
             page.click(f'.node[data-node="{node}"]')
             page.screenshot(path=IMAGES / f"{name}.png")
         if given.report is not None:
-            page = browser.new_page(viewport={"width": 1280, "height": 900})
+            page = browser.new_page(viewport={"width": 1280, "height": 1320})
             page.goto((given.report / "report.html").resolve().as_uri())
             page.screenshot(path=IMAGES / "report.png")
         if given.debate is not None:

@@ -96,7 +96,7 @@ def test_langsmith_gets_the_run_tree() -> None:
         path, parent = ["model"], run["parent_run_id"]
         while parent is not None:
             path.append(runs[str(parent)]["name"])
-            parent = runs[str(parent)]["parent_run_id"]
+            parent = runs[str(parent)].get("parent_run_id")
         tree.append(tuple(path))
         assert run["session_name"] == "mine"
     assert sorted(tree) == sorted(TREE)

@@ -192,6 +192,7 @@ def test_settings_are_stored_without_secrets(monkeypatch: pytest.MonkeyPatch) ->
     assert told == {"vllm_args": "--api-key, [VLLM_API_KEY]", "engine_urls": "http://host:1/v1"}
 
 
+@pytest.mark.slow
 def test_tensorboard_files_have_what_the_metrics_have(tiny_model: Path, make: Any) -> None:
     pytest.importorskip("tensorboard")
     settings = config(tiny_model, trackers=["tensorboard"])
