@@ -187,8 +187,8 @@ class TrainConfig:
     )
     engine_patience: float = setting(
         300.0,
-        "engine vllm: how long a server may take to start or to load adapters, and how long all "
-        "may be away before calls fail",
+        "how long a vLLM server may take to start or to load adapters, and all of them be away "
+        "before calls fail; how long a rollout worker may take to start",
         unit="seconds",
         above=0,
         at_most=_YEAR,
@@ -224,6 +224,25 @@ class TrainConfig:
         unit="seconds",
         above=0,
         at_most=_YEAR,
+    )
+    rollout_workers: int = setting(
+        0,
+        "processes that run the episodes, on one machine or several, by Ray (extra `ray`); 0: this "
+        "process does. `concurrency` is then what each of them runs at once",
+        at_least=0,
+        at_most=65_536,
+    )
+    ray_address: str | None = setting(
+        None,
+        "Ray cluster that has the rollout workers: host:port, or auto for the one on this machine; "
+        "none: a Ray of the run's own",
+    )
+    worker_gpus: float = setting(
+        0.0,
+        "engine local: GPUs, or a share of one, that Ray reserves for a rollout worker; 0: it "
+        "samples on a CPU",
+        at_least=0,
+        at_most=1024,
     )
     reward_concurrency: int = setting(64, "reward calls that run at once", at_least=1)
     max_failed_share: float = setting(

@@ -31,10 +31,11 @@ from marft_graph.rollout.cancellation import Cancellation
 from marft_graph.rollout.inputs import InputFunction
 from marft_graph.rollout.rewards import RewardFunction
 from marft_graph.rollout.runner import run_episodes
+from marft_graph.workers.rollouts import RolloutWorkers
 
 logger = logging.getLogger(__name__)
 
-TrainingEngine = LocalEngine | RoutingEngine | VllmEngine
+TrainingEngine = LocalEngine | RoutingEngine | VllmEngine | RolloutWorkers
 """An engine that new versions of the adapters can be given to."""
 
 
@@ -162,6 +163,15 @@ class Sampler:
         own = [examples[i] for i in share]
 
         def run() -> list[Episode]:
+            if isinstance(self._engine, RolloutWorkers):
+                return self._engine.run(
+                    own,
+                    first_example=share.start,
+                    group_size=group_size,
+                    seed=seed,
+                    greedy=greedy,
+                    cancellation=cancellation,
+                )
             return run_episodes(
                 self._graph,
                 own,

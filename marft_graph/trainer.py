@@ -69,6 +69,9 @@ from marft_graph.run.trackers import require_tracker_packages, tracking
 from marft_graph.run.tracking import MetricsLog, TrainingProgress, read_metrics
 from marft_graph.run.trajectories import write_traces
 from marft_graph.sampling import Sampler, TrainingEngine, check_staleness
+from marft_graph.workers.cluster import check_worker_settings, prepare_ray
+from marft_graph.workers.job import pack_app
+from marft_graph.workers.rollouts import RolloutWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +122,9 @@ class Trainer:
             the mathematics; `graph` for the graph, `base_model` also for a base whose files are
             others than before.
         extra_settings: more lines for the run's `config.yaml` (the command line's `dataset`).
+        target: with `rollout_workers`, where they import the graph from, as the command line takes
+            it: a workflow folder (whose task.py's `reward` and `inputs` they use as well),
+            `file.py:variable` or a langgraph.json. None: what is given here is pickled.
 
     Raises:
         ConfigError, GraphError, UnknownNodeError, DatasetError, ModelError, CheckpointError: before
@@ -139,6 +145,7 @@ class Trainer:
         resume: bool = False,
         accept_changes: Sequence[str] = (),
         extra_settings: Mapping[str, Any] | None = None,
+        target: str | None = None,
     ) -> None:
         self.config = (
             config if isinstance(config, TrainConfig) else TrainConfig.from_mapping(config)
@@ -147,6 +154,7 @@ class Trainer:
             require_grammar_library()
         check_engine_settings(self.config)
         require_tracker_packages(self.config.trackers)
+        check_worker_settings(self.config)
         check_accepted(accept_changes)
         earlier = os.path.expanduser(self.config.start_from or "")
         if earlier and os.path.exists(Path(earlier) / "manifest.json"):
@@ -154,6 +162,10 @@ class Trainer:
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
         found = compile_graph(self.graph)
         self._reward = as_reward_function(reward)
+        self._app = None
+        if self.config.rollout_workers:
+            prepare_ray(self.config.ray_address)
+            self._app = pack_app(self.graph, self._reward, inputs, target)
         self._data = training_data(train_dataset, self.config.seed)
         shown = self._data.peek(_SHOWN_EXAMPLES)
         self._eval = None
@@ -366,7 +378,7 @@ class Trainer:
             shutil.rmtree(staging, ignore_errors=True)
 
     def close(self) -> None:
-        """Stop the engine, and a server that it started, and let the run folder go."""
+        """Stop the engine, with servers and workers that it started, and let the run folder go."""
         self._ahead.stop()
         self._engine.close()
         self._lock.release()
@@ -391,9 +403,12 @@ class Trainer:
         return Weights(self.iteration, copies)
 
     def _make_engine(self, agents: Sequence[Agent]) -> TrainingEngine:
+        served = None
         if self.config.engine == "vllm":
-            return vllm_engine(self.team, agents, self.config, self.run_dir, self._ranks)
-        return local_engine(
+            served = vllm_engine(self.team, agents, self.config, self.run_dir, self._ranks)
+        if self._app is not None:
+            return RolloutWorkers(self._app, self.nodes, self.team, agents, self.config, served)
+        return served or local_engine(
             self.team,
             max_batch_size=self.config.max_batch_size,
             cache_gib=self.config.cache_gib,
@@ -470,7 +485,7 @@ class Trainer:
             "tokens_sampled": sum(len(c.completion_ids) for e in episodes for c in e.calls),
             "agents": stats,
         }
-        if isinstance(self._engine, VllmEngine):
+        if isinstance(self._engine, VllmEngine | RolloutWorkers):
             row["engine"] = self._engine.stats()
         row["collapsed"] = collapsed or self._health.problem(row)
         return row

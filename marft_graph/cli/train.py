@@ -75,6 +75,7 @@ def train(
         resume=resume,
         accept_changes=accept_changes,
         extra_settings={} if dataset is None else {"dataset": dataset},
+        target=workflow,
     ) as trainer:
         result = trainer.train()
     _print_result(result, workflow, dataset)

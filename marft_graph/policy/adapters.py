@@ -15,7 +15,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -378,11 +378,7 @@ class Policy:
         """Write one adapter in PEFT format (safetensors) into `folder`, as it is or was copied."""
         # PEFT's own `save_pretrained` also renders a model card, which takes longer than the rest.
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: (values or {}).get(parameter, parameter).detach().cpu().contiguous()
-            for name, parameter in self._own_parameters(agent).items()
-        }
-        save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+        save_file(self.adapter_weights(agent, values), folder / _WEIGHTS, metadata={"format": "pt"})
         lora = copy.copy(self.model.peft_config[_PREFIX + agent])
         lora.inference_mode = True
         lora.base_model_name_or_path = _base_of(self.model).name_or_path
@@ -395,14 +391,33 @@ class Policy:
             ModelError: the file is missing or holds weights of another shape.
         """
         path = folder / _WEIGHTS
-        own = self._own_parameters(agent)
         try:
             saved = load_file(path)
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"cannot read adapter weights from {path}: {error}") from error
+        self.set_adapter_weights(agent, saved, source=str(path))
+
+    def adapter_weights(self, agent: str, values: AdapterValues | None = None) -> dict[str, Tensor]:
+        """One adapter's weights on the CPU, by the names that they have in PEFT's files.
+
+        They are as they are now, or as `values` has copied them. On a CPU they share memory with
+        the weights that are trained.
+        """
+        return {
+            name: (values or {}).get(parameter, parameter).detach().cpu().contiguous()
+            for name, parameter in self._own_parameters(agent).items()
+        }
+
+    def set_adapter_weights(self, agent: str, saved: Mapping[str, Tensor], source: str) -> None:
+        """Overwrite one agent's adapter; `source` says in errors where the weights are from.
+
+        Raises:
+            ModelError: they have other names or shapes than the adapter's.
+        """
+        own = self._own_parameters(agent)
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
             raise ModelError(
-                f"{path} was made with another base model, rank or LoRA targets than {agent!r}"
+                f"{source} was made with another base model, rank or LoRA targets than {agent!r}"
             )
         with torch.no_grad():
             for name, parameter in own.items():

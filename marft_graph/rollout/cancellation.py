@@ -31,10 +31,12 @@ class Cancellation:
     def reaches(self, task: asyncio.Task[Any]) -> Iterator[None]:
         """While a task runs on its loop, it is what is cancelled."""
         loop = task.get_loop()
+        with self.calls(lambda: loop.call_soon_threadsafe(task.cancel)):
+            yield
 
-        def cancel() -> None:
-            loop.call_soon_threadsafe(task.cancel)
-
+    @contextmanager
+    def calls(self, cancel: Callable[[], object]) -> Iterator[None]:
+        """While the context lasts, `cancel` is called when it is asked for, or has been."""
         with self._lock:
             self._cancel = cancel
             if self._is_asked:

@@ -15,11 +15,10 @@ import functools
 import os
 import secrets
 import shutil
-import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -30,38 +29,19 @@ from safetensors.torch import load_file, save_file
 from marft_graph.agents import Agent
 from marft_graph.config import TrainConfig
 from marft_graph.engine.base import ChatCodec, Completion, GenerationRequest
-from marft_graph.engine.vllm.endpoint import Adapter, Answer, Endpoint, Probe, Prompt
+from marft_graph.engine.vllm.calls import NO_GRAMMAR, Publication, ServedModel, VersionedCalls
+from marft_graph.engine.vllm.client import ServersForWorkers
+from marft_graph.engine.vllm.endpoint import Adapter, Endpoint, Probe
 from marft_graph.engine.vllm.fleet import Server
 from marft_graph.engine.vllm.pool import ServerPool
 from marft_graph.engine.vllm.server import ServerProcess, require_vllm, server_command
-from marft_graph.errors import ConfigError, EngineError, PromptTooLongError
+from marft_graph.errors import ConfigError, EngineError
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.lora import AdapterValues
 from marft_graph.policy.team import Team
 from marft_graph.ranks import Ranks
 
-# What vLLM accepts as it is; it raises lower temperatures to the first of them.
-_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 2.0
 _UNLOAD_SECONDS = 10.0
-_NO_GRAMMAR = (
-    "constrain_output is not supported with engine vllm, whose log-probs are not those under the "
-    "grammar; use engine local, or set constrain_output to false"
-)
-
-
-@dataclass(eq=False, slots=True)
-class _Publication:
-    """The adapters of one version, and how many calls still ask for them."""
-
-    version: int
-    folder: Path
-    adapters: dict[str | None, Adapter] = field(default_factory=dict)
-    """None is the base, as an adapter that changes nothing."""
-    users: int = 0
-
-    def own_adapters(self) -> list[Adapter]:
-        """The adapters that end with this version."""
-        return [adapter for agent, adapter in self.adapters.items() if agent is not None]
 
 
 class VllmEngine:
@@ -85,9 +65,7 @@ class VllmEngine:
         self._ranks = ranks or Ranks()
         self._pool = pool
         self._folder = folder.absolute()
-        self._end_ids = tuple(sorted(policy.end_ids))
-        self._lock = threading.Lock()
-        self._published: _Publication | None = None
+        self._calls = VersionedCalls(served_model(policy), pool, functools.partial(_retire, pool))
         self._untouched: Adapter | None = None
         self._is_started = False
         self._close = weakref.finalize(self, _close, pool, self._folder)
@@ -120,19 +98,15 @@ class VllmEngine:
         try:
             self._ranks.together(lambda: self._load(new))
         except BaseException:
-            self._retire(new)
+            _retire(self._pool, new)
             raise
-        with self._lock:
-            old, self._published = self._published, new
-            is_over = old is not None and old.users == 0
-        if old is not None and is_over:
-            self._retire(old)
+        self._calls.use(new)
 
-    def _written(self, version: int, values: AdapterValues | None) -> _Publication:
+    def _written(self, version: int, values: AdapterValues | None) -> Publication:
         """The adapters, in a folder of their own."""
         # A version may be published twice with other weights, after a collapse say.
         mark = secrets.token_hex(4)
-        new = _Publication(version, self._folder / f"v{version}-{mark}")
+        new = Publication(version, self._folder / f"v{version}-{mark}")
         for agent in self._policy.agents:
             folder = new.folder / agent
             self._policy.save_adapter(agent, folder, values)
@@ -142,7 +116,7 @@ class VllmEngine:
         new.adapters[None] = self._untouched
         return new
 
-    def _load(self, new: _Publication) -> tuple[()]:
+    def _load(self, new: Publication) -> tuple[()]:
         self._pool.load(new.own_adapters())
         return ()
 
@@ -155,30 +129,23 @@ class VllmEngine:
             PromptTooLongError: the prompt leaves no room for a token.
             ConfigError: the request has a grammar, or a temperature that vLLM would change.
         """
-        self._check(request)
-        prompt = Prompt(
-            request.prompt_ids,
-            request.sampling,
-            request.seed,
-            self._end_ids,
-            self._policy.vocabulary,
+        return self._calls.submit(request)
+
+    def held(self) -> AbstractContextManager[Publication]:
+        """What was published last, which stays at the servers until the context ends.
+
+        Raises:
+            EngineError: nothing was published yet.
+        """
+        return self._calls.held()
+
+    def for_workers(self) -> ServersForWorkers:
+        """What another process needs to know to sample at the same servers."""
+        return ServersForWorkers(
+            model=served_model(self._policy),
+            addresses=self._pool.addresses(),
+            probe=base_probe(self._policy),
         )
-        with self._lock:
-            publication = self._published
-            if publication is None:
-                raise EngineError("nothing was published yet; call publish(version) first")
-            publication.users += 1
-        future: Future[Completion] = Future()
-        try:
-            answer = self._pool.submit(publication.adapters[request.agent], prompt, request.timeout)
-        except EngineError:
-            self._release(publication)
-            raise
-        future.add_done_callback(lambda done: answer.cancel() if done.cancelled() else None)
-        answer.add_done_callback(
-            functools.partial(self._settle, future=future, publication=publication)
-        )
-        return future
 
     def stats(self) -> dict[str, int]:
         """What happened to the servers so far, see `ServerPool.stats`."""
@@ -186,7 +153,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """Fail what waits, stop servers of ours, and remove the adapters' folders."""
-        published = self._published
+        published = self._calls.published
         if published is not None and self._close.alive:
             every = list(published.adapters.values())
             with contextlib.suppress(EngineError, TimeoutError):
@@ -207,56 +174,6 @@ class VllmEngine:
         zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         save_file(zeros, folder / "adapter_model.safetensors", {"format": "pt"})
         return Adapter(f"base@{mark}", folder)
-
-    def _check(self, request: GenerationRequest) -> None:
-        if request.agent is not None and request.agent not in self._policy.agents:
-            raise EngineError(
-                f"no adapter {request.agent!r}; this engine has {', '.join(self._policy.agents)}"
-            )
-        context = self._policy.codec.context_length
-        if not 0 < len(request.prompt_ids) < context:
-            raise PromptTooLongError(
-                f"prompt of {request.agent or 'the base'} has {len(request.prompt_ids)} tokens; "
-                f"the context of {context} needs room for an answer"
-            )
-        if request.grammar:
-            raise ConfigError(_NO_GRAMMAR)
-        temperature = request.sampling.temperature
-        if temperature and not _LEAST_TEMPERATURE <= temperature <= _MOST_TEMPERATURE:
-            raise ConfigError(
-                f"temperature is {temperature:g}; on vLLM it must be 0 or between "
-                f"{_LEAST_TEMPERATURE} and {_MOST_TEMPERATURE:g}"
-            )
-
-    def _settle(
-        self, answer: Future[Answer], *, future: Future[Completion], publication: _Publication
-    ) -> None:
-        self._release(publication)
-        if not future.set_running_or_notify_cancel():
-            return
-        if answer.cancelled():
-            future.set_exception(EngineError("the engine was closed"))
-        elif (error := answer.exception()) is not None:
-            future.set_exception(error)
-        else:
-            got = answer.result()
-            version = publication.version
-            future.set_result(Completion(got.ids, got.logprobs, got.finish_reason, version))
-
-    def _release(self, publication: _Publication) -> None:
-        with self._lock:
-            publication.users -= 1
-            is_over = publication.users == 0 and publication is not self._published
-        if is_over:
-            self._retire(publication)
-
-    def _retire(self, publication: _Publication) -> None:
-        """Unload a version that nobody asks for, then remove its folder."""
-        try:
-            done = self._pool.unload(publication.own_adapters())
-        except EngineError:  # closed: the whole folder is removed then
-            return
-        done.add_done_callback(lambda _: shutil.rmtree(publication.folder, ignore_errors=True))
 
 
 def vllm_engine(
@@ -309,7 +226,7 @@ def check_engine_settings(config: TrainConfig) -> None:
             raise ConfigError("engine_urls needs engine vllm, and engine is local")
         return
     if config.constrain_output:
-        raise ConfigError(_NO_GRAMMAR)
+        raise ConfigError(NO_GRAMMAR)
     for url in config.engine_urls:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -325,6 +242,16 @@ def check_engine_settings(config: TrainConfig) -> None:
                 "sample from another base than is trained. Use quantization none or engine local"
             )
         require_vllm(config.vllm_python)
+
+
+def served_model(policy: Policy) -> ServedModel:
+    """What calls need to know of a policy whose base is served."""
+    return ServedModel(
+        agents=policy.agents,
+        codec=policy.codec,
+        end_ids=tuple(sorted(policy.end_ids)),
+        vocabulary=policy.vocabulary,
+    )
 
 
 def _found(url: str, config: TrainConfig) -> Server:
@@ -353,6 +280,15 @@ def _started(
         process.url, api_key=process.api_key, timeout=config.engine_timeout, trust_env=False
     )
     return Server(endpoint, process)
+
+
+def _retire(pool: ServerPool, publication: Publication) -> None:
+    """Unload a version that nobody asks for, then remove its folder."""
+    try:
+        done = pool.unload(publication.own_adapters())
+    except EngineError:  # closed: the whole folder is removed then
+        return
+    done.add_done_callback(lambda _: shutil.rmtree(publication.folder, ignore_errors=True))
 
 
 def _close(pool: ServerPool, folder: Path) -> None:

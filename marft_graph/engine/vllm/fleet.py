@@ -31,6 +31,15 @@ _STRIKES = 3
 _LEAST_DELAY, _LEAST_REST, _MOST_REST = 0.1, 1.0, 60.0
 
 
+@dataclass(frozen=True, slots=True)
+class ServerAddress:
+    """Where a process that neither starts nor stops a server finds it."""
+
+    url: str
+    api_key: str | None = field(default=None, repr=False)
+    """Of a server that a run started; None: the environment has it."""
+
+
 @dataclass(eq=False, slots=True)
 class Server:
     """One server and what is known of it."""
@@ -59,6 +68,12 @@ class Server:
     """Seconds until it is looked at again."""
     doubt: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when it is to be looked at now."""
+
+    @property
+    def address(self) -> ServerAddress:
+        """Where others find it."""
+        key = None if self.process is None else self.process.api_key
+        return ServerAddress(self.endpoint.url, key)
 
 
 class Fleet:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from marft_graph.engine.vllm.endpoint import Adapter, Answer, Probe, Prompt, ServerFailure
-from marft_graph.engine.vllm.fleet import Fleet, Server
+from marft_graph.engine.vllm.fleet import Fleet, Server, ServerAddress
 from marft_graph.errors import (
     CallTimeoutError,
     ConfigError,
@@ -105,6 +105,10 @@ class ServerPool:
             "servers_restarted": sum(s.process.restarts for s in servers if s.process is not None),
             "calls_retried": self._retries,
         }
+
+    def addresses(self) -> tuple[ServerAddress, ...]:
+        """Where another process finds the servers."""
+        return tuple(server.address for server in self._fleet.servers)
 
     def close(self) -> None:
         """Fail what waits, close connections and stop servers of ours."""

@@ -1,0 +1,186 @@
+"""What a rollout worker is told: the app, who is trained, which adapters, which examples.
+
+Everything here travels between processes. The user's graph, reward and inputs do so as a path that
+every worker imports for itself, or else pickled.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from marft_graph.agents import Agent
+from marft_graph.config import TrainConfig
+from marft_graph.engine.vllm.calls import Publication
+from marft_graph.engine.vllm.client import ServersForWorkers
+from marft_graph.errors import WorkflowError
+from marft_graph.rollout.inputs import InputFunction
+from marft_graph.rollout.rewards import RewardFunction
+from marft_graph.workflow import load_target
+
+_WHAT_WOULD_DO = (
+    "Give `target`, a workflow folder or file.py:variable that every worker imports for itself, or "
+    "set rollout_workers to 0"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """The user's code as a worker gets it.
+
+    With a `target`, its graph, reward and inputs are used; what it does not have is unpickled.
+    """
+
+    target: str | None
+    parts: Mapping[str, bytes]
+    """`graph`, `reward` and `inputs`, pickled; those that there are."""
+
+    def load(self) -> tuple[Any, RewardFunction, InputFunction | None]:
+        """Graph, reward and inputs, in the process that calls this.
+
+        Raises:
+            WorkflowError: something cannot be imported here.
+        """
+        graph = reward = inputs = None
+        if self.target is not None:
+            found = load_target(self.target)
+            graph, reward, inputs = found.graph, found.reward, found.inputs
+        graph = self._unpickled("graph") if graph is None else graph
+        reward = self._unpickled("reward") if reward is None else reward
+        inputs = self._unpickled("inputs") if inputs is None else inputs
+        if graph is None or reward is None:
+            missing = "graph" if graph is None else "reward"
+            raise WorkflowError(
+                f"{self.target} has no {missing}, and the one that the trainer was given cannot be "
+                "pickled; define it in the workflow folder's task.py"
+            )
+        return graph, reward, inputs
+
+    def _unpickled(self, name: str) -> Any:
+        if name not in self.parts:
+            return None
+        from ray import cloudpickle
+
+        try:
+            return cloudpickle.loads(self.parts[name])
+        except Exception as error:  # a pickle may run any code of the user's
+            raise WorkflowError(
+                f"the {name} does not load on a rollout worker: {type(error).__name__}: {error}. "
+                "Its modules must be installed, or on PYTHONPATH, wherever workers run. "
+                f"{_WHAT_WOULD_DO}"
+            ) from error
+
+
+def pack_app(
+    graph: Any, reward: RewardFunction, inputs: InputFunction | None, target: str | None
+) -> App:
+    """The user's code, ready to travel.
+
+    Args:
+        graph: a compiled app.
+        reward: one reward function.
+        inputs: makes the graph's input, where there is such a function.
+        target: where workers load all three from, as the command line takes it; None: they are
+            pickled.
+
+    Raises:
+        WorkflowError: one cannot be pickled, and there is no `target`.
+    """
+    given = {"reward": reward} if inputs is None else {"reward": reward, "inputs": inputs}
+    if target is None:
+        given = {"graph": graph, **given}
+    parts = {}
+    for name, value in given.items():
+        try:
+            parts[name] = pickled(value)
+        except Exception as error:  # objects say in many ways that they cannot be pickled
+            if target is not None:  # it may have its own
+                continue
+            raise WorkflowError(
+                f"the {name} cannot be sent to rollout workers: {type(error).__name__}: {error}. "
+                f"{_WHAT_WOULD_DO}"
+            ) from error
+    place = None if target is None else str(Path(target).expanduser().absolute())
+    return App(place, parts)
+
+
+def pickled(value: Any) -> bytes:
+    """A value as cloudpickle writes it, but for marks such as `MISSING = object()` of a module.
+
+    LangGraph recognises its own by identity: they are written as their module and name.
+    """
+    from ray import cloudpickle
+
+    base: Any = cloudpickle.CloudPickler  # Ray has no types for it
+
+    class Pickler(base):  # type: ignore[misc]
+        def reducer_override(self, obj: Any) -> Any:
+            place = _place_of(obj) if type(obj) is object else None
+            if place is not None:
+                return getattr, place
+            return super().reducer_override(obj)
+
+    with io.BytesIO() as file:
+        pickler: Any = Pickler(file)
+        pickler.dump(value)
+        return file.getvalue()
+
+
+def _place_of(mark: object) -> tuple[ModuleType, str] | None:
+    """Module and name of a module's variable that is this object."""
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if value is mark:
+                return module, name
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What stays the same for all work of a run."""
+
+    release: str
+    """Version of marft-graph that the learner runs."""
+    app: App
+    nodes: tuple[str, ...]
+    adapters: Mapping[str, str]
+    """Name of the agent that answers each node."""
+    agents: tuple[Agent, ...]
+    config: TrainConfig
+    servers: ServersForWorkers | None
+    """Where completions come from; None: from the worker's own copy of the models."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The adapters of one version, as the learner publishes them."""
+
+    name: str
+    """Names them uniquely: a version may be published twice with other weights."""
+    version: int
+    content: Mapping[str, bytes] | Publication
+    """Each agent's weights in safetensors format, or what the servers have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Some examples of a rollout, and the adapters to run them with."""
+
+    offer: str
+    """Name of the offer."""
+    reference: Any
+    """Where the offer is, in Ray's store; it is fetched by a worker that has another one."""
+    examples: tuple[Mapping[str, Any], ...]
+    first_example: int
+    group_size: int
+    seed: int
+    greedy: bool
+
+    def __str__(self) -> str:
+        last = self.first_example + len(self.examples) - 1
+        return f"the episodes of examples {self.first_example} to {last}"
