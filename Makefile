@@ -18,7 +18,8 @@ LEARNING_ARGS ?=
 BENCHMARK_ARGS ?=
 
 .PHONY: help setup demo test faults vllm-cpu browser-test benchmark-learning benchmark-rollout \
-	benchmark-update benchmark-iteration benchmark-overhead docs check format clean
+	benchmark-update benchmark-iteration benchmark-overhead benchmark-memory benchmark-scaling \
+	benchmark-simulation docs check format clean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 21
@@ -102,6 +103,16 @@ benchmark-iteration: $(INSTALLED)  ## iterations against the pattern of the pape
 
 benchmark-overhead: $(INSTALLED)  ## processor time that the framework adds to a call, and how it grows
 	@$(BIN)/python benchmarks/overhead.py --json docs/benchmarks/overhead.json $(BENCHMARK_ARGS)
+
+benchmark-memory: $(INSTALLED)  ## peak memory of training, one setting against another
+	@$(BIN)/python benchmarks/memory.py --json docs/benchmarks/memory.json $(BENCHMARK_ARGS)
+
+benchmark-scaling: $(INSTALLED)  ## two processes, and two vLLM servers, against one
+	@$(BIN)/python benchmarks/scaling.py --json docs/benchmarks/scaling.json \
+	  $(if $(wildcard $(VLLM_BIN)/python),--vllm $(VLLM_BIN)/python) $(BENCHMARK_ARGS)
+
+benchmark-simulation: $(INSTALLED)  ## what limits training at 8, 64 and 1,000 GPUs, a simulation
+	@$(BIN)/python benchmarks/simulation.py --json docs/benchmarks/simulation.json $(BENCHMARK_ARGS)
 
 # Continues where it was interrupted; LEARNING_ARGS takes --seeds, --methods and so on (see --help).
 benchmark-learning: $(INSTALLED)  ## every method on every workflow over five seeds, into runs/learning (an hour)
