@@ -38,7 +38,8 @@ min-width:0;overflow-wrap:anywhere}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0 .6rem;font-size:.85rem;
 max-height:16rem;overflow-y:auto}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1rem}
-figure{margin:0}svg{max-width:100%;height:auto}.view .canvas{height:26rem}
+figure{margin:0}svg{max-width:100%;height:auto}
+body .view .canvas{height:26rem}
 """
 _SHOWN_TEXT = 4000
 
