@@ -52,7 +52,7 @@ EVAL_EVERY = {
     "debate": 3,
     "router": 2,
     "supervisor": 5,
-    "tool_agent": 2,
+    "tool_agent": 4,
     "code_duo": 4,
 }
 """Iterations between evaluations."""
@@ -366,6 +366,7 @@ def page(results: Sequence[Mapping[str, Any]], picture: Path, folder: Path) -> s
     counts = {
         pair: len(groups.get(pair, ())) for pair in itertools.product(WORKFLOWS, tuple(METHODS)[:3])
     }
+    tried = sorted({(r["workflow"], r["seed"]) for r in results if r["seed"] < SEEDS[0]})
     lacking = [
         f"{w} {m} ({n} of {len(SEEDS)} seeds)" for (w, m), n in counts.items() if n < len(SEEDS)
     ]
@@ -389,8 +390,14 @@ Seconds are those of rollouts and updates, each run on one thread; where other w
 machine they are an upper bound. Episodes and seconds to {GOAL} are means over the seeds that
 reached it in an evaluation.
 
+Runs with a seed that settings were tried with: {_listed(tried)}.
+
 Incomplete: {", ".join(lacking) or "nothing"}.
 """
+
+
+def _listed(runs: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{workflow} (seed {seed})" for workflow, seed in runs) or "none"
 
 
 if __name__ == "__main__":
