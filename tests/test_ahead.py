@@ -121,6 +121,7 @@ def test_a_run_learns_what_rollouts_and_updates_in_turn_learn_bit_for_bit(
     assert all(("importance_mean" in own) == (staleness > 0) for own in stats)
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_are_equal(make: Callable[..., Trainer], tiny_model: Path) -> None:
     settings = config(
         tiny_model, iterations=5, staleness=2, advantage="gae", filter_rounds=1, minibatches=2
@@ -254,6 +255,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         assert torch.equal(value, adapters(rest)[name])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_be_less_stale(make: Callable[..., Trainer], tiny_model: Path) -> None:
     settings = config(tiny_model, iterations=3, staleness=2)
     with make(config=settings) as trainer:
@@ -339,7 +341,9 @@ def test_a_stopped_run_cancels_the_rollout_ahead_and_goes_on_as_if_nothing_had_b
     )
 
 
-@pytest.mark.parametrize("is_stream", [False, True], ids=["list", "stream"])
+@pytest.mark.parametrize(
+    "is_stream", [pytest.param(False, marks=pytest.mark.slow), True], ids=["list", "stream"]
+)
 def test_after_a_collapse_the_next_examples_are_sampled_again_by_the_weights_put_back(
     make: Callable[..., Trainer],
     tiny_model: Path,
@@ -361,6 +365,7 @@ def test_after_a_collapse_the_next_examples_are_sampled_again_by_the_weights_put
     assert [answer for own in examples(result.run_dir) for answer in own] == taken
 
 
+@pytest.mark.slow
 def test_training_that_stops_early_leaves_no_rollout_behind(
     make: Callable[..., Trainer], tiny_model: Path
 ) -> None:

@@ -279,7 +279,9 @@ def test_gradient_checkpointing_runs_layers_again_in_the_backward_pass(tiny_mode
     assert runs == 2 * len(AGENTS)  # once forward and once again, for each agent's one batch
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "gradient_checkpointing", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_sampling_and_learning_at_the_same_time_change_neither(
     tiny_model: Path, gradient_checkpointing: bool
 ) -> None:
