@@ -158,7 +158,7 @@ def test_shares_are_neighbours_and_leave_nothing_out() -> None:
 def test_servers_are_for_one_process() -> None:
     with pytest.raises(ConfigError, match=r"engine is 'vllm', with 3 processes"):
         check_ranks(Two(), TrainConfig(base_model="m", engine="vllm"))
-    with pytest.raises(ConfigError, match=r"staleness is 1, with 2 processes.*staleness to 0"):
+    with pytest.raises(ConfigError, match=r"staleness is 1, with 3 processes.*staleness to 0"):
         check_ranks(Two(), TrainConfig(base_model="m", staleness=1))
 
 

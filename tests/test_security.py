@@ -110,15 +110,17 @@ def test_an_error_on_the_terminal_has_neither_escape_codes_nor_secrets(
 
 def test_the_package_reads_no_pickle_and_runs_no_text() -> None:
     unsafe = re.compile(
-        r"\b(import pickle|pickle\.|torch\.load\(|np\.load\(|yaml\.load\(|(?<![.\w])eval\(|"
+        r"\b(import pickle|(cloud)?pickle\.|torch\.load\(|np\.load\(|yaml\.load\(|(?<![.\w])eval\(|"
         r"(?<![.\w])exec\(|shell=True|os\.system)"
     )
     root = Path(marft_graph.__file__).parent
+    # The sandbox's process is for just that; workers get the user's code from the learner, by Ray.
+    allowed = {root / "sandbox_child.py", root / "workers" / "job.py"}
     found = {
         f"{path.relative_to(root)}:{number}"
         for path in root.rglob("*.py")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if unsafe.search(line) and path.name != "sandbox_child.py"  # its process is for just that
+        if unsafe.search(line) and path not in allowed
     }
     assert found == set()
 

@@ -72,7 +72,7 @@ def launch(folder: Path, config: Path | None, given: dict[str, Any]) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=170,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout
@@ -96,6 +96,9 @@ SETTINGS = {
     "microbatch_tokens": 100,  # an odd number of micro-batches, now and then
 }
 
+ROLLOUTS = 2 + 4
+"""Iterations, and evaluations: before and after, sampled and greedy."""
+
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
@@ -107,6 +110,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "more", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"]
 )
@@ -125,10 +129,11 @@ def test_accelerate_launch_trains_what_one_process_trains(
     assert held(alone, 0, "step") == [1.0] * steps
     for rank in (0, 1):
         assert held(run, rank, "step") == [0.5 if config == "fsdp.yaml" else 1.0] * steps
-        assert held(run, rank, "rollout") == [1.0] * 2  # decoding takes whole layers
+        assert held(run, rank, "rollout") == [1.0] * ROLLOUTS  # decoding takes whole layers
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_servers_sample_for_all_processes_and_layers_stay_divided(
     tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -144,9 +149,9 @@ def test_servers_sample_for_all_processes_and_layers_stay_divided(
     asked = [request["model"] for request in server.requests if request["model"] != "base"]
     versions = [name.partition("-")[0] for name in set(asked)]
     # Both processes ask for the same adapters: each version has one name.
-    assert sorted(versions) == ["actor@v0", "actor@v1", "planner@v0", "planner@v1"]
-    assert len(asked) == 2 * 12 * 2  # iterations, episodes, calls
+    assert sorted(versions) == [f"{agent}@v{v}" for agent in ("actor", "planner") for v in range(3)]
+    assert len(asked) == 2 * (2 * 12 + 4 * 4)  # calls, of iterations' and evaluations' episodes
     assert not server.adapters
     for rank in (0, 1):
         assert held(run, rank, "step") == [0.5] * 8
-        assert held(run, rank, "rollout") == [0.5] * 2
+        assert held(run, rank, "rollout") == [0.5] * ROLLOUTS

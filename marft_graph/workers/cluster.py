@@ -10,12 +10,12 @@ import functools
 import importlib.util
 import logging
 import os
-import pickle
 import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pickle import PicklingError
 from typing import Any
 
 from marft_graph import errors
@@ -197,7 +197,7 @@ class RayWorker:
         """
         try:
             return _settled(self._actor.run.remote(work))
-        except (TypeError, pickle.PicklingError) as error:
+        except (TypeError, PicklingError) as error:
             first_line = str(error).strip().partition("\n")[0]
             raise DatasetError(
                 f"{work} cannot be sent to a rollout worker: {first_line}"
