@@ -403,7 +403,9 @@ def test_no_text_of_a_message_or_tool_becomes_a_special_token(
         assert special_ids(codec, ids) == special_ids(codec, conversation(lambda _: "x", parts))
         clean = re.sub("[\ud800-\udfff]", "\ufffd", "".join(parts[1:3]))
         text = codec._tokenizer.decode(ids, skip_special_tokens=False)
-        assert clean in text
+        # Tokenizers may have a normal form of their own: NFC writes some ideographs as others.
+        normalizer = codec._tokenizer.backend_tokenizer.normalizer
+        assert (clean if normalizer is None else normalizer.normalize_str(clean)) in text
 
     fuzz(count, st.lists(SAID, min_size=5, max_size=5), check)
 
