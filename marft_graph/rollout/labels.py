@@ -7,6 +7,7 @@ reads, and where no agent writes an answer, the reward would find its own.
 
 from __future__ import annotations
 
+import dis
 import re
 import types
 from collections.abc import Collection, Iterator, Mapping
@@ -98,7 +99,10 @@ def _written(graph: Pregel[Any, Any, Any, Any]) -> tuple[set[str], set[str]]:
 
 
 def _names_in(reward: RewardFunction) -> frozenset[str] | None:
-    """Texts in a reward's code and what it calls or holds; None where there is no code to read."""
+    """Texts in a reward's code and what it calls or holds, but for mere keys of the state.
+
+    None where there is no code to read.
+    """
     parts = [p.function for p in reward.parts] if isinstance(reward, CombinedReward) else [reward]
     names: set[str] = set()
     for part in parts:
@@ -106,9 +110,37 @@ def _names_in(reward: RewardFunction) -> frozenset[str] | None:
         functions = [value for value in found if isinstance(value, types.FunctionType)]
         if not functions:
             return None
-        constants = [c.co_consts for function in functions for c in codes(function.__code__)]
+        constants = [[c.co_consts for c in codes(f.__code__)] for f in functions if f is not part]
         names.update(_texts([found, constants]))
+        if isinstance(part, types.FunctionType):
+            own, *inner = codes(part.__code__)
+            names.update(_texts([c.co_consts for c in inner]))
+            names.update(set(_texts(own.co_consts)) - _keys_of_state(own))
     return frozenset(names)
+
+
+def _keys_of_state(code: types.CodeType) -> set[str]:
+    """Texts that a reward uses as keys of its second argument, the state, and for nothing else."""
+    if code.co_argcount < 2:
+        return set()
+    state = code.co_varnames[1]
+    of_state: set[str] = set()
+    others: set[str] = set()
+    before: list[dis.Instruction] = []
+    for step in dis.get_instructions(code):
+        if step.opname == "LOAD_CONST":
+            if before and before[-1].argval == "get":  # state.get("key")
+                before.pop()
+            is_of_state = bool(before) and _loads(before[-1], state)
+            (of_state if is_of_state else others).update(_texts(step.argval))
+        before.append(step)
+    return of_state - others
+
+
+def _loads(step: dis.Instruction, name: str) -> bool:
+    """Whether an instruction leaves a variable's value on top of the stack."""
+    last = step.argval[-1] if isinstance(step.argval, tuple) else step.argval  # two at once
+    return step.opname.startswith("LOAD_FAST") and last == name
 
 
 def _texts(value: Any) -> Iterator[str]:

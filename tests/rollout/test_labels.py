@@ -121,6 +121,26 @@ def test_what_the_reward_does_not_name_is_an_input() -> None:
     assert "'42'" in shown(run(app(), None))
 
 
+def of_the_state(example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+    return float(len(state["answer"]) + len(state.get("answer", "")))
+
+
+def of_both(example: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+    wanted = example.get("answer")
+    return float(state["answer"] == wanted)
+
+
+def test_what_the_reward_names_as_a_key_of_the_state_alone_is_an_input() -> None:
+    """As in an app that begins with a text and rewrites it."""
+    assert "'42'" in shown(run(app(), of_the_state))
+    assert "'42'" in shown(run(app(), lambda example, state: of_length(state["answer"])))
+    assert "'42'" not in shown(run(app(), of_both))
+
+
+def of_length(answer: str) -> float:
+    return float(len(answer))
+
+
 class Judge:
     """A reward that is an object, and reads by way of another function."""
 
