@@ -10,8 +10,11 @@ import functools
 import importlib.util
 import logging
 import os
+import re
 import secrets
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -27,7 +30,8 @@ from marft_graph.run.stopping import STOP_SIGNALS
 from marft_graph.workers.job import Job, Offer, Work
 from marft_graph.workers.worker import RolloutWorker
 
-_FETCH_SECONDS = 300.0
+_FETCH_SECONDS, _CONNECT_SECONDS = 300.0, 10.0
+_ADDRESS = re.compile(r"auto|[^\s/]+:\d{1,5}")
 _REASON = 300
 """Characters of what Ray says when a worker is lost; it goes on with advice."""
 
@@ -43,6 +47,11 @@ def check_worker_settings(config: TrainConfig) -> None:
             name = "worker_gpus" if config.ray_address is None else "ray_address"
             raise ConfigError(f"{name} needs rollout_workers, and rollout_workers is 0")
         return
+    if config.ray_address is not None and not _ADDRESS.fullmatch(config.ray_address):
+        raise ConfigError(
+            f"ray_address is {config.ray_address!r}; it must be host:port, such as gpu-1:6379, or "
+            "auto"
+        )
     if config.worker_gpus and config.engine != "local":
         raise ConfigError(
             "worker_gpus needs engine local: with engine vllm the GPUs are the servers'"
@@ -60,11 +69,11 @@ def prepare_ray(address: str | None) -> None:
     """Say how Ray is to behave, before it is imported: it reads some of its settings then.
 
     Nobody is told that it is used. One of our own (`address` None) listens on the loopback, and
-    takes orders from this run only; by itself it would listen on every interface, and keep its
-    token in a file.
+    takes orders from this process only; by itself it would listen on every interface, and keep its
+    token in a file. Where somebody has imported Ray before, it stays as they have it.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is None:
+    if address is None and "ray" not in sys.modules:
         # On Linux it has the same meaning: no other machine, so the node is 127.0.0.1.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -89,6 +98,7 @@ class _Connection:
         """
         with self._lock:
             prepare_ray(address)
+            _check_reachable(address)
             import ray
 
             if not ray.is_initialized():
@@ -116,6 +126,24 @@ class _Connection:
 
 
 connection = _Connection()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Find out whether somebody listens at a cluster's address: Ray would try for many minutes.
+
+    Raises:
+        EngineError: nobody does.
+    """
+    if address in (None, "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise EngineError(
+            f"no Ray at {address} (ray_address): {error}; start one there with: ray start --head "
+            f"--port {port}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -206,8 +234,12 @@ class RayWorker:
     def stop(self) -> None:
         """End the process, whatever it is doing."""
         import ray
+        from ray.exceptions import RayError
 
-        ray.kill(self._actor, no_restart=True)
+        if not ray.is_initialized():  # it went with its Ray, and asking would start another one
+            return
+        with contextlib.suppress(RayError, ValueError):  # Ray does not know it any more
+            ray.kill(self._actor, no_restart=True)
 
 
 def put(value: Job | Offer) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -319,6 +320,7 @@ def test_a_version_stays_at_the_servers_while_a_rollout_uses_it(
     [
         ({"ray_address": "auto"}, "ray_address needs rollout_workers"),
         ({"worker_gpus": 1.0}, "worker_gpus needs rollout_workers"),
+        ({"rollout_workers": 1, "ray_address": "ray://h:1"}, "ray_address is 'ray://h:1'.*gpu-1:6"),
         (
             {
                 "rollout_workers": 1,
@@ -350,6 +352,17 @@ def test_settings_that_cannot_go_together_are_refused_before_anything_is_written
     with pytest.raises(ConfigError, match=told):
         make(config=config(tiny_model, **settings))
     assert not (tmp_path / "run").exists()
+
+
+def test_no_cluster_is_an_error_that_names_the_address(
+    make: Callable[..., Trainer], tiny_model: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    settings = config(tiny_model, rollout_workers=1, ray_address=address)
+    with make(config=settings) as trainer, pytest.raises(EngineError, match=f"no Ray at {address}"):
+        trainer.train(progress=False)
 
 
 def test_without_ray_the_extra_is_named(
