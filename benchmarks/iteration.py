@@ -25,7 +25,7 @@ from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import HumanMessage
 from langgraph.graph import END, START, StateGraph
 from reference_pattern import ReferencePattern
-from side_by_side import endless_base, in_turn, on_threads, parser, publish, ratio
+from side_by_side import endless_base, in_turn, parser, publish, ratio
 
 from marft_graph import TrainConfig, run_episodes
 from marft_graph.agents import agents_of
@@ -76,7 +76,6 @@ class Ours:
         names = [f"agent_{number}" for number in range(agents)]
         self._team = Team.load(agents_of(names, self._settings), self._settings)
         self._engine = local_engine(self._team)
-        self.threads = self._team.cpu_threads
         self._learner = Learner(self._team, self._settings)
         self._graph = chain(agents)
         self._tokens = tokens
@@ -119,7 +118,7 @@ def compare(name: str, base: Path, rounds: int) -> dict[str, Any]:
     repeated = [question for question in asked for _ in range(GROUP_SIZE)]
     seconds = in_turn(
         {
-            "ours": on_threads(ours.threads, lambda: ours.iteration(asked)),
+            "ours": lambda: ours.iteration(asked),
             "reference": lambda: theirs.iteration(repeated, score),
         },
         rounds,

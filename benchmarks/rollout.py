@@ -31,7 +31,7 @@ from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langgraph.graph import END, START, StateGraph
 from peft import LoraConfig, get_peft_model
-from side_by_side import endless_base, in_turn, on_threads, parser, publish, ratio
+from side_by_side import endless_base, in_turn, parser, publish, ratio
 from transformers import AutoModelForCausalLM
 
 from marft_graph import Episode, run_episodes
@@ -163,7 +163,7 @@ def compare(
             generate(agent, prompts[agent], longest[agent])
 
     works: dict[str, Callable[[], object]] = {
-        "ours": on_threads(team.cpu_threads, lambda: through(engine, data)),
+        "ours": lambda: through(engine, data),
         "plain graph": plain_graph(data),
         "static batch": static,
     }
@@ -217,7 +217,7 @@ def against_vllm(
             served.publish(1)
             seconds = in_turn(
                 {
-                    "ours": on_threads(team.cpu_threads, lambda: through(engine, data)),
+                    "ours": lambda: through(engine, data),
                     "plain graph": plain_graph(data),
                     "vLLM": lambda: through(served, data),
                 },

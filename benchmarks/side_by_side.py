@@ -46,20 +46,6 @@ def in_turn(
     return seconds
 
 
-def on_threads(count: int | None, work: Callable[[], T]) -> Callable[[], T]:
-    """The work on so many threads of torch, as the trainer sets them; None: as torch chooses."""
-
-    def run() -> T:
-        before = torch.get_num_threads()
-        torch.set_num_threads(count or before)
-        try:
-            return work()
-        finally:
-            torch.set_num_threads(before)
-
-    return run
-
-
 def ratio(base: Sequence[float], ours: Sequence[float]) -> float:
     """How many times as fast ours is: the median over rounds, each compared within itself."""
     return statistics.median(b / o for b, o in zip(base, ours, strict=True))

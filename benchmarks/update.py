@@ -24,7 +24,7 @@ from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import HumanMessage
 from langgraph.graph import END, START, StateGraph
 from peft import LoraConfig, get_peft_model
-from side_by_side import endless_base, in_turn, on_threads, parser, publish, ratio
+from side_by_side import endless_base, in_turn, parser, publish, ratio
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from marft_graph import TrainConfig, run_episodes
@@ -95,7 +95,6 @@ class Ours:
         )
         self._team = Team.load(agents_of(["writer"], self._settings), self._settings)
         self._engine = local_engine(self._team)
-        self.threads = self._team.cpu_threads
         self._learner = Learner(self._team, self._settings)
         self._graph = one_node()
         self._examples = [{"question": text} for text in texts]
@@ -203,16 +202,14 @@ def compare(base: Path, prompt_tokens: int, rounds: int) -> list[dict[str, Any]]
     ours = Ours(base, texts)
     calls = [call for episode in ours.episodes for call in episode.calls]
     assert {len(call.completion_ids) for call in calls} == {TOKENS}
-    updates = in_turn(
-        {"ours": on_threads(ours.threads, ours.update), "bare loop": bare_loop(base, calls)}, rounds
-    )
+    updates = in_turn({"ours": ours.update, "bare loop": bare_loop(base, calls)}, rounds)
     trained = TOKENS * len(calls)
     rows = [row(prompt_tokens, "bare loop", trained, updates["bare loop"], updates["ours"])]
     steps: dict[str, list[float]] = {"ours": [], "TRL": []}
     # TRL trains in one go: half of our steps before it and half after it.
-    own = in_turn({"ours": on_threads(ours.threads, ours.step)}, rounds)["ours"]
+    own = in_turn({"ours": ours.step}, rounds)["ours"]
     steps["TRL"] = trl_steps(base, texts, rounds + 1)[1:]
-    own += in_turn({"ours": on_threads(ours.threads, ours.step)}, rounds)["ours"]
+    own += in_turn({"ours": ours.step}, rounds)["ours"]
     steps["ours"] = [
         statistics.fmean(pair) for pair in zip(own[:rounds], own[rounds:], strict=True)
     ]

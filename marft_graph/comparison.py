@@ -241,9 +241,7 @@ def _base_episodes(
         base_model=base_model or config.base_model,
     )
     agents = agents_of(nodes, fresh)
-    engine = local_engine(
-        Team.load(agents, fresh), max_batch_size=config.max_batch_size, cache_gib=config.cache_gib
-    )
+    engine = local_engine(Team.load(agents, fresh), config)
     adapters = {node: agent.name for agent in agents for node in agent.nodes}
     try:
         return held_out_episodes(

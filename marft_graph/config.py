@@ -120,8 +120,8 @@ class TrainConfig:
     device: str = setting("auto", "torch device of the base model; auto lets accelerate choose")
     cpu_threads: int | None = setting(
         None,
-        "threads of torch on a CPU; none: one for a base of under 10 million parameters, whose "
-        "operations are too small to be shared, else what torch chooses",
+        "threads of torch on a CPU; none: what torch chooses, but one in the rollouts of a base of "
+        "under 10 million parameters, whose operations are too small to be shared",
         at_least=1,
         at_most=1024,
     )

@@ -127,7 +127,7 @@ def export_episodes(
     except UnknownNodeError as error:
         raise ExportError(f"{export_dir} was exported from another graph: {error}") from error
     team = exported_team(manifest, export_dir, device=config.device, base_model=base_model)
-    engine = local_engine(team, max_batch_size=config.max_batch_size, cache_gib=config.cache_gib)
+    engine = local_engine(team, config)
     settings = config.replace(
         max_new_tokens=manifest.max_new_tokens, constrain_output=manifest.constrain_output
     )

@@ -40,7 +40,7 @@ def gain_of_each_adapter(
     manifest = read_manifest(export_dir)
     examples = as_examples(dataset, "dataset", config.eval_examples or None)
     team = exported_team(manifest, export_dir, device=config.device)
-    engine = local_engine(team, max_batch_size=config.max_batch_size, cache_gib=config.cache_gib)
+    engine = local_engine(team, config)
     settings = config.replace(
         max_new_tokens=manifest.max_new_tokens, constrain_output=manifest.constrain_output
     )

@@ -202,7 +202,7 @@ class Trainer:
             bases = dict.fromkeys(agent.base_model for agent in agents)
             self._base_files = {base: fingerprint(base) for base in bases}
             check_weights_can_be_kept(self.team, self.config)
-            if threads := self.config.cpu_threads or self.team.cpu_threads:
+            if threads := self.config.cpu_threads or self._threads_beside_rollouts():
                 torch.set_num_threads(threads)
             self._rates = {agent.name: agent.learning_rate for agent in agents}
             self._learner = Learner(self.team, self.config, self._rates, self._ranks)
@@ -402,17 +402,18 @@ class Trainer:
         copies = self.team.copy_weights() if self.config.staleness else None
         return Weights(self.iteration, copies)
 
+    def _threads_beside_rollouts(self) -> int | None:
+        """Threads of updates that share the processor with the next rollout; None: all of them."""
+        is_shared = self.config.staleness and self.config.engine == "local" and self._app is None
+        return self.team.decode_threads if is_shared else None
+
     def _make_engine(self, agents: Sequence[Agent]) -> TrainingEngine:
         served = None
         if self.config.engine == "vllm":
             served = vllm_engine(self.team, agents, self.config, self.run_dir, self._ranks)
         if self._app is not None:
             return RolloutWorkers(self._app, self.nodes, self.team, agents, self.config, served)
-        return served or local_engine(
-            self.team,
-            max_batch_size=self.config.max_batch_size,
-            cache_gib=self.config.cache_gib,
-        )
+        return served or local_engine(self.team, self.config)
 
     # One iteration
 

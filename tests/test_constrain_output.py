@@ -14,7 +14,7 @@ from langchain_core.messages import HumanMessage
 from pydantic import BaseModel
 
 from marft_graph import Episode, TrainConfig, Trainer, bind, run_episodes
-from marft_graph.deploy.manifest import manifest_digest, read_manifest
+from marft_graph.deploy.manifest import read_manifest, sealed
 from marft_graph.engine.fake import FakeEngine
 from marft_graph.engine.local import LocalEngine
 from marft_graph.errors import ConfigError
@@ -102,8 +102,7 @@ def test_an_app_with_structured_output_trains_and_is_bound(
     manifest = result.export / "manifest.json"
     older = json.loads(manifest.read_text(encoding="utf-8"))
     del older["constrain_output"]
-    older["manifest_sha256"] = manifest_digest(older)
-    manifest.write_text(json.dumps(older), encoding="utf-8")
+    manifest.write_bytes(sealed(older))
     assert not read_manifest(result.export).constrain_output
 
 

@@ -12,7 +12,7 @@ import pytest
 from marft_graph import TrainConfig, Trainer, bind
 from marft_graph.demonstrations import read_demonstrations
 from marft_graph.deploy.export import export_run
-from marft_graph.deploy.manifest import digest_of, files_of, manifest_digest, read_manifest
+from marft_graph.deploy.manifest import digest_of, files_of, read_manifest, sealed
 from marft_graph.errors import CheckpointError, ConfigError, ExportError, MarftError
 from marft_graph.evaluation import evaluate_export
 from marft_graph.run.checkpoint import write_folder_atomically
@@ -128,8 +128,7 @@ def test_an_export_of_another_format_says_which(tmp_path: Path) -> None:
     for format_ in (1, 3, "2"):
         manifest: dict[str, Any] = {"format": format_, "new": "field"}
         manifest["sha256"] = {name: digest_of(tmp_path / name) for name in files_of(tmp_path)}
-        manifest["manifest_sha256"] = manifest_digest(manifest)
-        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        (tmp_path / "manifest.json").write_bytes(sealed(manifest))
         with pytest.raises(ExportError, match=f"has format {format_!r} of exports.*reads 2"):
             read_manifest(tmp_path)
 

@@ -189,7 +189,7 @@ def test_names_of_nodes_do_not_leave_the_run_folder(
 
 
 def test_paths_in_an_export_do_not_leave_it(make: Callable[..., Trainer], tmp_path: Path) -> None:
-    from marft_graph.deploy.manifest import manifest_digest
+    from marft_graph.deploy.manifest import sealed
 
     with make() as trainer:
         folder = trainer.export(tmp_path / "out")
@@ -202,8 +202,7 @@ def test_paths_in_an_export_do_not_leave_it(make: Callable[..., Trainer], tmp_pa
         manifest = json.loads(path.read_text())
         before = path.read_text()
         change(manifest)
-        manifest["manifest_sha256"] = manifest_digest(manifest)
-        path.write_text(json.dumps(manifest))
+        path.write_bytes(sealed(manifest))
         with pytest.raises(ExportError, match="which is not in its folder"):
             bind(duo(), folder)
         path.write_text(before)

@@ -24,7 +24,7 @@ WATCHED = (
 import atexit, os
 from torch.distributed.tensor import DTensor
 from marft_graph.learn.update import Learner
-from marft_graph import Trainer
+from marft_graph import sampling
 
 noted = {"step": [], "rollout": []}
 
@@ -34,17 +34,17 @@ def note(kind, policy):
     own = [w.to_local() if isinstance(w, DTensor) else w for w in layers]
     noted[kind].append([sum(w.numel() for w in own), sum(w.numel() for w in layers)])
 
-step, run = Learner._step, Trainer._run
+step, run = Learner._step, sampling.run_episodes
 
 def watched_step(self, agent, batch, indices):
     note("step", self._team.of(agent))
     return step(self, agent, batch, indices)
 
-def watched_run(self, *args, **kwargs):
-    note("rollout", self.team.policies[0])
-    return run(self, *args, **kwargs)
+def watched_run(*args, **kwargs):
+    note("rollout", kwargs["engine"]._policy)
+    return run(*args, **kwargs)
 
-Learner._step, Trainer._run = watched_step, watched_run
+Learner._step, sampling.run_episodes = watched_step, watched_run
 
 def tell():
     rank = os.environ.get("RANK", "0")

@@ -17,6 +17,7 @@ from langchain_core.language_models.chat_models import BaseChatModel
 
 from marft_graph import Trainer, bind
 from marft_graph.deploy.export import export_run
+from marft_graph.engine.local import LocalEngine
 from marft_graph.errors import (
     CheckpointError,
     ConfigError,
@@ -28,6 +29,7 @@ from marft_graph.errors import (
     RewardError,
     UnknownNodeError,
 )
+from marft_graph.learn.update import Learner
 from marft_graph.run.stopping import Stopped
 from marft_graph.run.tracking import read_evaluations, read_metrics
 from tests.apps import duo, solo, voters
@@ -422,15 +424,37 @@ def test_an_app_that_is_greedy_everywhere_is_refused_with_what_to_set(
         trainer.train(progress=False)
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, 1), (3, 3)])
-def test_a_small_base_is_trained_on_one_thread_unless_it_is_said_otherwise(
-    make: Callable[..., Trainer], tiny_model: Path, given: int | None, expected: int
+@pytest.mark.parametrize(
+    ("settings", "in_updates", "in_rollouts"),
+    [({}, 2, 1), ({"cpu_threads": 3}, 3, 3), ({"staleness": 1}, 1, 1)],
+)
+def test_decode_steps_of_a_small_base_run_on_one_thread_and_its_updates_on_all(
+    make: Callable[..., Trainer],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, int],
+    in_updates: int,
+    in_rollouts: int,
 ) -> None:
+    seen: dict[str, set[int]] = {"update": set(), "step": set()}
+
+    def watch(kind: str, owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            seen[kind].add(torch.get_num_threads())
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch("update", Learner, "_step")
+    watch("step", LocalEngine, "_turn")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with make(config=config(tiny_model, cpu_threads=given)):
-            assert torch.get_num_threads() == expected
+        with make(config=config(tiny_model, **settings)) as trainer:
+            trainer.train(progress=False)
+        assert seen == {"update": {in_updates}, "step": {in_rollouts}}
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -22,7 +22,7 @@ from marft_graph.deploy.manifest import (
     check_same_bases,
     digest_of,
     files_of,
-    manifest_digest,
+    sealed,
 )
 from marft_graph.deploy.merged import write_merged
 from marft_graph.deploy.serving import compose, vllm_commands
@@ -193,9 +193,7 @@ def _fill(
     (folder / "README.md").write_text(_readme(commands, kept), encoding="utf-8")
     (folder / "compose.yaml").write_text(compose(listed, own), encoding="utf-8")
     manifest["sha256"] = {name: digest_of(folder / name) for name in files_of(folder)}
-    manifest["manifest_sha256"] = manifest_digest(manifest)
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / MANIFEST).write_bytes(sealed(manifest))
 
 
 def _name_base(path: Path, base: str) -> None:

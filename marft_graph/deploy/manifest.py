@@ -73,7 +73,8 @@ def read_manifest(export_dir: str | Path) -> Manifest:
     folder = Path(export_dir)
     path = folder / MANIFEST
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        raw = json.loads(content.decode())
         if raw.get("format", FORMAT) != FORMAT:
             raise ExportError(
                 f"{folder} has format {raw['format']!r} of exports, this version of marft-graph "
@@ -81,7 +82,7 @@ def read_manifest(export_dir: str | Path) -> Manifest:
             )
         given = {spec.name for spec in dataclasses.fields(Manifest) if spec.name in raw}
         manifest = Manifest(**{name: raw[name] for name in given})
-        is_intact = raw["manifest_sha256"] == manifest_digest(raw)
+        is_intact = content == sealed(raw)
         paths = [str(own["path"]) for own in manifest.adapters.values()]
         digests = dict(manifest.sha256)
     except OSError as error:
@@ -144,7 +145,9 @@ def digest_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """Digest of everything in a manifest but the digest itself."""
+def sealed(manifest: Mapping[str, Any]) -> bytes:
+    """The content of a manifest's file, which ends with a digest of all the rest."""
     rest = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    whole = rest | {"manifest_sha256": digest}
+    return (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode()

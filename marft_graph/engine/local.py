@@ -119,6 +119,8 @@ class LocalEngine:
         max_batch_size: completions that run at once.
         cache_gib: memory for keys and values; calls that would need more wait for others to end.
         version: of the adapters as they are.
+        cpu_threads: threads of torch that share its operations on a CPU; None: as many as serve the
+            base best.
     """
 
     def __init__(
@@ -128,8 +130,10 @@ class LocalEngine:
         max_batch_size: int = 256,
         cache_gib: float = 4.0,
         version: int = 0,
+        cpu_threads: int | None = None,
     ) -> None:
         self._policy = policy
+        self._cpu_threads = cpu_threads or policy.decode_threads
         self._max_batch_size = max_batch_size
         self._version = version
         self._cache_gib = cache_gib
@@ -243,6 +247,8 @@ class LocalEngine:
         self._fail_all(EngineError("the engine was closed"))
 
     def _run(self) -> None:
+        if self._cpu_threads is not None:
+            torch.set_num_threads(self._cpu_threads)  # of this thread: torch counts for each
         while self._wait_for_work():
             try:
                 self._turn()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Future
 
+from marft_graph.config import TrainConfig
 from marft_graph.engine.base import ChatCodec, Completion, Gate, GenerationRequest
 from marft_graph.engine.local import LocalEngine
 from marft_graph.errors import EngineError
@@ -48,12 +49,16 @@ class RoutingEngine:
         return self._engine_of[agent]
 
 
-def local_engine(
-    team: Team, *, max_batch_size: int = 256, cache_gib: float = 4.0
-) -> LocalEngine | RoutingEngine:
-    """The engine in this process for all agents of a team; settings as in `LocalEngine`."""
+def local_engine(team: Team, config: TrainConfig | None = None) -> LocalEngine | RoutingEngine:
+    """The engine in this process for all agents of a team, as the settings have it."""
+    config = config or TrainConfig()
     engines = [
-        LocalEngine(policy, max_batch_size=max_batch_size, cache_gib=cache_gib)
+        LocalEngine(
+            policy,
+            max_batch_size=config.max_batch_size,
+            cache_gib=config.cache_gib,
+            cpu_threads=config.cpu_threads,
+        )
         for policy in team.policies
     ]
     if len(engines) == 1:

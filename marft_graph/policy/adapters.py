@@ -51,6 +51,9 @@ Quantization = Literal["none", "4bit"]
 # PEFT mistakes adapter names that are part of its own prefix `lora_`, such as "a", for weights.
 _PREFIX = "node-"
 _WEIGHTS = "adapter_model.safetensors"
+_SHARED_FROM = 10_000_000
+"""Parameters from which on the operations of a decode step are large enough to be shared among
+threads: below, they wait for each other. An update has larger operations, and uses all threads."""
 
 
 class Policy:
@@ -201,6 +204,12 @@ class Policy:
         """Parameters of the base and its adapters, embeddings left out."""
         count: int = _base_of(self.model).num_parameters(exclude_embeddings=True)
         return count
+
+    @property
+    def decode_threads(self) -> int | None:
+        """Threads of torch that decode steps on a CPU do best with; None: as many as it chooses."""
+        is_small = self.device.type == "cpu" and self.parameter_count < _SHARED_FROM
+        return 1 if is_small else None
 
     @cached_property
     def attention_cost(self) -> float:

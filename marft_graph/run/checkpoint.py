@@ -180,21 +180,22 @@ def _write_manifest(folder: Path) -> None:
         name: {"size": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
         for name in _files(folder)
     }
+    (folder / MANIFEST).write_bytes(_manifest_of(files))
+
+
+def _manifest_of(files: dict[str, dict[str, Any]]) -> bytes:
     manifest = {"files": files, "manifest_sha256": _digest_of(files)}
-    text = json.dumps(manifest, indent=2, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        manifest = json.loads(content.decode())
         files: dict[str, dict[str, Any]] = manifest["files"]
         # 0.1.0 wrote no digest of the manifest itself.
-        if set(manifest) != {"files"} and manifest != {
-            "files": files,
-            "manifest_sha256": _digest_of(files),
-        }:
+        if set(manifest) != {"files"} and content != _manifest_of(files):
             raise CheckpointError(f"{path} is damaged: it differs from what was written")
         if not all(set(entry) == {"size", "sha256"} for entry in files.values()):
             raise CheckpointError(f"{path} is damaged: each file needs size and sha256")

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-import torch
 from safetensors.torch import load
 
 import marft_graph
@@ -105,11 +104,7 @@ class _OwnModels:
         agents = [replace(agent, start_from=None) for agent in job.agents]
         device = config.device if config.worker_gpus else "cpu"
         self._team = Team.load(agents, config.replace(device=device, gradient_checkpointing=False))
-        if threads := config.cpu_threads or self._team.cpu_threads:
-            torch.set_num_threads(threads)
-        self._local = local_engine(
-            self._team, max_batch_size=config.max_batch_size, cache_gib=config.cache_gib
-        )
+        self._local = local_engine(self._team, config)
 
     @property
     def engine(self) -> Engine:

@@ -28,7 +28,7 @@ from torch import zeros
 from transformers import AutoTokenizer
 
 from marft_graph.config import NodeSettings, TrainConfig, read_yaml
-from marft_graph.deploy.manifest import Manifest, read_manifest
+from marft_graph.deploy.manifest import FORMAT, Manifest, read_manifest, sealed
 from marft_graph.episode import Call, Episode
 from marft_graph.errors import CheckpointError, ConfigError, ExportError, ModelError
 from marft_graph.graph.flex_mg import FlexMG
@@ -42,7 +42,8 @@ from marft_graph.run.tracking import read_metrics
 from marft_graph.run.trajectories import read_traces, write_traces
 from tests.support import make_agents
 
-SIZES = [40, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+FEW = 40
+SIZES = [FEW, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 in_two_sizes = pytest.mark.parametrize("count", SIZES)
 SURROGATES = st.text(alphabet=st.characters())  # lone surrogates included
 TEXT = st.text()
@@ -54,9 +55,13 @@ JSON = st.recursive(
 
 
 def fuzz(count: int, strategy: st.SearchStrategy[Any], check: Callable[[Any], None]) -> None:
-    """Call `check` with so many values."""
+    """Call `check` with so many values: always the same few, or many new ones."""
     limits = settings(
-        max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=count == FEW,
+        suppress_health_check=list(HealthCheck),
     )
     limits(given(strategy)(check))()
 
@@ -326,6 +331,23 @@ def test_any_manifest_of_an_export_is_refused(count: int, tmp_path: Path) -> Non
 
     fields = [*Manifest.__dataclass_fields__, "manifest_sha256"]
     fuzz(count, JSON | st.fixed_dictionaries(dict.fromkeys(fields, JSON)), check)
+
+
+@in_two_sizes
+def test_any_damage_of_an_exports_manifest_is_found(count: int, tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    fields: dict[str, Any] = {key: {} for key in Manifest.__dataclass_fields__}
+    path.write_bytes(sealed(fields | {"format": FORMAT, "created": "2026-01-01"}))
+    content = path.read_bytes()
+    read_manifest(tmp_path)
+
+    def check(changed: bytes) -> None:
+        assume(changed != content)
+        path.write_bytes(changed)
+        with pytest.raises(ExportError):
+            read_manifest(tmp_path)
+
+    fuzz(count, damaged(content), check)
 
 
 @in_two_sizes
