@@ -39,6 +39,7 @@ from marft_graph.policy.adapters import Policy
 from marft_graph.policy.grammar import Following
 from marft_graph.policy.logprobs import FORBIDDEN, constrained, scaled_logprobs
 from marft_graph.policy.lora import AdapterValues
+from marft_graph.policy.step import SharedBeginning
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +67,8 @@ class _Waiting:
     deadline: float
     """On the monotonic clock; infinity: none."""
 
-    def too_late(self, doing: str) -> CallTimeoutError | None:
+    def too_late(self, doing: str) -> CallTimeoutError:
         """The error of a call that has missed its deadline."""
-        if time.monotonic() < self.deadline:
-            return None
         return CallTimeoutError(
             f"a call of {self.request.agent or 'the base'} was not answered within "
             f"{self.request.timeout:g} seconds (call_timeout); it was {doing}"
@@ -83,7 +82,7 @@ class _Row:
     waiting: _Waiting
     limit: int
     """Most tokens this completion may still have in the context."""
-    uniforms: np.ndarray
+    uniforms: list[float]
     """One uniform number per token, from the call's own seed: neighbours do not change a sample."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -151,6 +150,8 @@ class LocalEngine:
         self._closed = False
         self._thread: threading.Thread | None = None
         self._rows: list[_Row] = []
+        self._beginning: SharedBeginning | None = None
+        """What the prompts of the running rows have in common."""
         self._answered = 0
         """Rows released since calls were admitted last: so many callers may follow."""
         self._steps = 0
@@ -287,7 +288,7 @@ class LocalEngine:
         may_admit = self._may_admit()
         if may_admit and self._gate is not None and (self._answered or not self._rows):
             self._gate.wait()
-        with self._turning:
+        with self._turning, torch.inference_mode():
             if may_admit:
                 self._admit()
             if self._rows and not self._release():
@@ -321,16 +322,18 @@ class LocalEngine:
                 future.set_exception(error)
         if new:
             self._prefill(new)
+            self._beginning = self._shared_beginning()
 
     def _drop_ended(self) -> list[tuple[Future[Completion], CallTimeoutError]]:
         """Take calls that were cancelled or are too late out of the queue; the latter's errors."""
         late = []
         kept: deque[_Waiting] = deque()
+        now = time.monotonic()
         for call in self._queue:
             if call.future.cancelled():
                 continue
-            if error := call.too_late("waiting for a place in the batch"):
-                late.append((call.future, error))
+            if now >= call.deadline:
+                late.append((call.future, call.too_late("waiting for a place in the batch")))
             else:
                 kept.append(call)
         self._queue = kept
@@ -345,7 +348,7 @@ class LocalEngine:
         request = waiting.request
         limit = self._most_tokens(request) - len(request.prompt_ids)
         uniforms = np.random.Generator(np.random.Philox(key=request.seed)).random(limit)
-        row = _Row(waiting, limit, uniforms)
+        row = _Row(waiting, limit, uniforms.tolist())
         if request.grammar:
             row.grammar = self._policy.grammars.follow(request.grammar)
         return row
@@ -388,10 +391,24 @@ class LocalEngine:
         ids_B = torch.tensor([row.ids[-1] for row in rows], device=device)
         with self._policy.using_rows([row.request.agent for row in rows]):
             hidden_BH = self._policy.step(
-                ids_B, position_B=length_B, is_seen_BL=is_seen_BL, cache=self._cache
+                ids_B,
+                position_B=length_B,
+                is_seen_BL=is_seen_BL,
+                cache=self._cache,
+                beginning=self._beginning,
             )
             logits_BV = self._policy.logits(hidden_BH)
         self._sample(rows, logits_BV)
+
+    def _shared_beginning(self) -> SharedBeginning | None:
+        groups: dict[Prompt, list[int]] = {}
+        for place, row in enumerate(self._rows):
+            prompt = row.request.agent, row.request.prompt_ids
+            groups.setdefault(prompt, []).append(place)
+        length = min((len(ids) for _, ids in groups), default=0)
+        if not SharedBeginning.pays(len(groups), len(self._rows), length):
+            return None
+        return SharedBeginning(list(groups.values()), length, self._policy.device)
 
     def _sample(self, rows: Sequence[_Row], logits_BV: Tensor) -> None:
         if any(row.grammar is not None for row in rows):
@@ -400,8 +417,10 @@ class LocalEngine:
             [row.request.sampling.temperature for row in rows], device=logits_BV.device
         )
         uniform_B = torch.tensor(
-            [row.uniforms[len(row.ids)] for row in rows], device=logits_BV.device
-        ).float()
+            [row.uniforms[len(row.ids)] for row in rows],
+            device=logits_BV.device,
+            dtype=torch.float32,
+        )
         token_B, logprob_B = sample(logits_BV, temperature_B, uniform_B)
         for row, token, logprob in zip(rows, token_B.tolist(), logprob_B.tolist(), strict=True):
             row.ids.append(token)
@@ -411,7 +430,8 @@ class LocalEngine:
 
     def _release(self) -> bool:
         """Answer finished rows and pack the others to the front; whether there were any."""
-        finished = [(row, reason) for row in self._rows if (reason := self._finished(row))]
+        now = time.monotonic()
+        finished = [(row, reason) for row in self._rows if (reason := self._finished(row, now))]
         if not finished:
             return False
         self._keep_prefixes([row for row, _ in finished])
@@ -423,6 +443,7 @@ class LocalEngine:
                 kept[hole] = last
                 self._cache.move(len(kept), hole)
         self._rows = kept
+        self._beginning = self._shared_beginning()
         if not self._answered:
             self._steps = 0
         self._answered += len(finished)
@@ -452,18 +473,21 @@ class LocalEngine:
                 layers = self._cache.copy(places[row], row.cached)
                 self._prefixes.put(row.request.agent, ids, layers)
 
-    def _finished(self, row: _Row) -> FinishReason | None:
-        if row.future.cancelled() or row.failure is not None:
+    def _finished(self, row: _Row, now: float) -> FinishReason | None:
+        waiting, ids = row.waiting, row.ids
+        if waiting.future.cancelled() or row.failure is not None:
             return "stop"
-        if row.ids[-1] in self._policy.end_ids:
+        if ids[-1] in self._policy.end_ids:
             return "stop"
-        stop = row.request.sampling.stop
-        if stop and any(word in self._policy.codec.decode(row.ids) for word in stop):
+        stop = waiting.request.sampling.stop
+        if stop and any(word in self._policy.codec.decode(ids) for word in stop):
             return "stop"
-        if len(row.ids) >= row.limit:
+        if len(ids) >= row.limit:
             return "length"
-        row.failure = row.waiting.too_late(f"being answered, with {len(row.ids)} tokens so far")
-        return None if row.failure is None else "stop"
+        if now >= waiting.deadline:
+            row.failure = waiting.too_late(f"being answered, with {len(ids)} tokens so far")
+            return "stop"
+        return None
 
 
 def _constrain(rows: Sequence[_Row], logits_BV: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ from marft_graph.policy.chat import TokenizerCodec
 from marft_graph.policy.grammar import Grammars
 from marft_graph.policy.lora import BASE, AdapterValues, LoraLayers
 from marft_graph.policy.sharding import ShardedLayers
-from marft_graph.policy.step import StepDecoder
+from marft_graph.policy.step import SharedBeginning, StepDecoder
 from marft_graph.ranks import Sharding
 
 T = TypeVar("T")
@@ -310,17 +310,24 @@ class Policy:
         return states
 
     def step(
-        self, ids_B: Tensor, *, position_B: Tensor, is_seen_BL: Tensor, cache: Cache
+        self,
+        ids_B: Tensor,
+        *,
+        position_B: Tensor,
+        is_seen_BL: Tensor,
+        cache: Cache,
+        beginning: SharedBeginning | None = None,
     ) -> Tensor:
         """Last hidden states (B, H) of one token per row, inside `using_rows`.
 
         Its keys and values go to `cache`; `is_seen_BL` says which of the tokens there a row sees,
-        the new one included.
+        the new one included. `beginning` says which rows begin alike.
         """
         rows = self._lora.current_rows
         is_seen_B1L = is_seen_BL.unsqueeze(1)
         if self._step is not None and rows is not None:
-            return self._step(ids_B, position_B, self._hiding(is_seen_B1L), cache, rows)
+            hidden_B1L = self._hiding(is_seen_B1L)
+            return self._step(ids_B, position_B, hidden_B1L, cache, rows, beginning)
         return self.hidden(
             ids_B.unsqueeze(-1),
             is_seen_BTT=is_seen_B1L,

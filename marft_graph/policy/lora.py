@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -105,6 +106,11 @@ class LoraLayers:
         return run
 
     @property
+    def adapters(self) -> int:
+        """How many there are."""
+        return len({name for joined in self._adapters for name in joined.names})
+
+    @property
     def current_rows(self) -> Rows | None:
         """The rows that this thread now runs; None: whole batches."""
         return getattr(self._local, "rows", None)
@@ -117,13 +123,36 @@ class LoraLayers:
 
 
 class Rows:
-    """Which adapter each row of a batch has, and the masks that follow from it."""
+    """Which adapter each row of a batch has, and what follows from it."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
         self.only = self.names[0] if len(set(self.names)) == 1 else None
         """The adapter of all rows, where they have the same."""
         self._masks: dict[tuple[tuple[str, int], ...], Tensor] = {}
+
+    @cached_property
+    def order_B(self) -> Tensor | None:
+        """The rows in an order in which those of an adapter are neighbours; None: as they are."""
+        if self.only is not None:
+            return None
+        places = sorted(range(len(self.names)), key=lambda i: self.names[i])  # stable
+        return torch.tensor(places)
+
+    @cached_property
+    def place_B(self) -> Tensor | None:
+        """Where each row stands in `order_B`."""
+        return None if self.order_B is None else self.order_B.argsort()
+
+    @cached_property
+    def spans(self) -> list[tuple[str, slice]]:
+        """Each adapter's rows in `order_B`."""
+        found, start = [], 0
+        for name, own in itertools.groupby(sorted(self.names)):
+            end = start + len(list(own))
+            found.append((name, slice(start, end)))
+            start = end
+        return found
 
     def mask(self, layout: tuple[tuple[str, int], ...], like: Tensor) -> Tensor:
         """(B, R): 1 where a column of A_all belongs to the row's adapter; one for each layout."""
@@ -159,6 +188,13 @@ class RowAdapters:
         self._down_RI = torch.empty(0)
         self._up_RO = torch.empty(0)
         self._spans: dict[str, slice] = {}
+        self.version = 0
+        """Copies that were made; each may differ from the one before."""
+
+    @property
+    def names(self) -> list[str]:
+        """Adapters that change one of the layers or more."""
+        return list(dict.fromkeys(name for layer in self._layers for name in layer.lora_A))
 
     @torch.no_grad()
     def copy(self, values: AdapterValues | None = None) -> None:
@@ -167,9 +203,8 @@ class RowAdapters:
         down: list[Tensor] = []
         up: list[Tensor] = []
         layout = []
-        names = dict.fromkeys(name for layer in self._layers for name in layer.lora_A)
         end = 0
-        for name in names:
+        for name in self.names:
             start = end
             for layer, outputs in zip(self._layers, self._outputs, strict=True):
                 if name not in layer.lora_A:
@@ -186,6 +221,12 @@ class RowAdapters:
         self._layout = tuple(layout)
         if down:
             self._down_RI, self._up_RO = torch.cat(down), torch.cat(up)
+        self.version += 1
+
+    def change(self, name: str) -> Tensor | None:
+        """What an adapter adds to the layers' weights (out, in); None: nothing."""
+        span = self._spans.get(name)
+        return None if span is None else self._up_RO[span].t() @ self._down_RI[span]
 
     def add(self, base: Tensor, x: Tensor, rows: Rows) -> Tensor:
         """What the layers make of `x`, given what the base makes of it."""

@@ -2,13 +2,16 @@
 
 Where each row of a batch has one token, starting operations costs more than their arithmetic. In
 models of Llama's shape the layers that read the same states run as one here, with the adapters of
-all of them; gate and up, for example, are one product. The model's own pass stays the reference:
-`StepDecoder.of` compares with it and gives None where the two differ.
+all of them; gate and up, for example, are one product. Where memory allows, each adapter has the
+base's weights once more with its own and the norm's multiplied in, which leaves one product of
+those that LoRA needs. The model's own pass stays the reference: `StepDecoder.of` compares with it
+and gives None where the two differ.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 _FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 _CHECKED_TOKENS = 4
+_SHARED_TOKENS = 64
+"""Shorter beginnings are read as fast by each row."""
+_FOLDED_PARAMETERS = 32_000_000
+"""Most weights that all adapters together may have of their own, 4 bytes each."""
 
 
 class StepDecoder:
@@ -31,7 +38,15 @@ class StepDecoder:
 
     def __init__(self, decoder: Any, lora: LoraLayers) -> None:
         self._decoder = decoder
-        self._layers = [_Layer(layer, lora) for layer in decoder.layers]
+        weight = decoder.embed_tokens.weight
+        copied = sum(base_layer(part).weight.numel() for part in _projections(decoder))
+        folds = (
+            weight.device.type == "cpu"
+            and weight.dtype == torch.float32
+            and copied * (1 + lora.adapters) <= _FOLDED_PARAMETERS
+        )
+        self._layers = [_Layer(layer, lora, folds) for layer in decoder.layers]
+        self._folds = folds
 
     @classmethod
     def of(cls, decoder: nn.Module, lora: LoraLayers) -> StepDecoder | None:
@@ -49,7 +64,13 @@ class StepDecoder:
         return None
 
     def __call__(
-        self, ids_B: Tensor, position_B: Tensor, hidden_B1L: Tensor, cache: Cache, rows: Rows
+        self,
+        ids_B: Tensor,
+        position_B: Tensor,
+        hidden_B1L: Tensor,
+        cache: Cache,
+        rows: Rows,
+        beginning: SharedBeginning | None = None,
     ) -> Tensor:
         """Last hidden states (B, H) of one token per row, whose keys and values `cache` takes.
 
@@ -58,9 +79,13 @@ class StepDecoder:
         decoder = self._decoder
         x_BH = decoder.embed_tokens(ids_B)
         cos, sin = decoder.rotary_emb(x_BH, position_B.unsqueeze(-1))  # (B, 1, size of a head)
+        # Outside of attention rows of one adapter stand together, as its own weights need it.
+        turned = self._folds and rows.order_B is not None
+        x_BH = x_BH[rows.order_B] if turned else x_BH
         for number, layer in enumerate(self._layers):
-            x_BH = layer(x_BH, cos, sin, hidden_B1L, cache, number, rows)
-        return _normed(decoder.norm, x_BH)
+            x_BH = layer(x_BH, cos, sin, hidden_B1L, cache, number, rows, beginning)
+        x_BH = _normed(decoder.norm, x_BH)
+        return x_BH[rows.place_B] if turned else x_BH
 
     @torch.no_grad()
     def _agrees(self) -> bool:
@@ -81,16 +106,88 @@ class StepDecoder:
         return bool((ours_BH - theirs_BH).abs().max() <= most)
 
 
+class SharedBeginning:
+    """The first tokens of rows with equal prompts, whose keys are read once for all of them.
+
+    Rows with the same beginning have the same keys and values there, each in its own part of the
+    cache; scores of all their queries come from one product with one row's.
+
+    Args:
+        groups: places of rows; those of a group have the first `length` tokens and their adapter in
+            common. Each row is in one.
+        length: of what is shared, in tokens; the shortest of all groups'.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], length: int, device: torch.device) -> None:
+        self.length = length
+        most = max(map(len, groups))
+        self._groups, self._most = len(groups), most
+        padded = [[*group, *[group[0]] * (most - len(group))] for group in groups]
+        self._row_M = torch.tensor(padded, device=device).flatten()  # groups times `most`
+        self._first = torch.tensor([group[0] for group in groups], device=device)
+        place = {row: g * most + n for g, group in enumerate(groups) for n, row in enumerate(group)}
+        self._place_B = torch.tensor([place[row] for row in range(len(place))], device=device)
+        self._read: dict[int, tuple[Tensor, Tensor]] = {}
+        """Keys and values of each layer, once for each group."""
+
+    @staticmethod
+    def pays(groups: int, rows: int, length: int) -> bool:
+        """Whether the reading that is saved is worth the moving of queries and scores.
+
+        >>> SharedBeginning.pays(8, 64, 256), SharedBeginning.pays(60, 64, 256)
+        (True, False)
+        """
+        return length >= _SHARED_TOKENS and 2 * groups <= rows
+
+    def attend(
+        self,
+        number: int,
+        q_BKGS: Tensor,
+        k_BKLS: Tensor,
+        v_BKLS: Tensor,
+        hidden_B1L: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """What the queries of each row (G for each of K key heads) read in layer `number`."""
+        _, keys, queries, _ = q_BKGS.shape
+        cut = self.length
+
+        def by_group(x: Tensor) -> Tensor:  # (B, K, G, n) to (groups K, most G, n)
+            x = x.index_select(0, self._row_M).view(self._groups, self._most, keys, queries, -1)
+            return x.transpose(1, 2).reshape(self._groups * keys, self._most * queries, -1)
+
+        def by_row(x: Tensor) -> Tensor:
+            x = x.view(self._groups, keys, self._most, queries, -1).transpose(1, 2)
+            return x.reshape(self._groups * self._most, keys, queries, -1).index_select(
+                0, self._place_B
+            )
+
+        if number not in self._read:
+            first = (x[:, :, :cut].index_select(0, self._first) for x in (k_BKLS, v_BKLS))
+            shared_k, shared_v = (x.flatten(0, 1) for x in first)
+            self._read[number] = shared_k, shared_v
+        shared_k, shared_v = self._read[number]
+        shared = by_row(torch.bmm(by_group(q_BKGS), shared_k.transpose(1, 2)))
+        own = torch.matmul(q_BKGS, k_BKLS[:, :, cut:].transpose(2, 3))
+        own = own.mul_(scale).add_(hidden_B1L[:, :, cut:].unsqueeze(1))
+        weights = torch.cat((shared.mul_(scale), own), -1).softmax(-1)
+        read = by_row(torch.bmm(by_group(weights[..., :cut]), shared_v))
+        return read.add_(torch.matmul(weights[..., cut:], v_BKLS[:, :, cut:]))
+
+
 class _Layer:
     """A decoder layer: attention and a gated MLP."""
 
-    def __init__(self, layer: Any, lora: LoraLayers) -> None:
+    def __init__(self, layer: Any, lora: LoraLayers, folds: bool) -> None:
         self._layer = layer
+        self._folds = folds
         attention, mlp = layer.self_attn, layer.mlp
-        self._qkv = _Joined([attention.q_proj, attention.k_proj, attention.v_proj], lora)
-        self._out = _Joined([attention.o_proj], lora)
-        self._gate_up = _Joined([mlp.gate_proj, mlp.up_proj], lora)
-        self._down = _Joined([mlp.down_proj], lora)
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self._qkv = _Joined(projections, lora, norms[0], folds=folds)
+        self._out = _Joined([attention.o_proj], lora, folds=folds)
+        self._gate_up = _Joined([mlp.gate_proj, mlp.up_proj], lora, norms[1], folds=folds)
+        self._down = _Joined([mlp.down_proj], lora, folds=folds)
         self._size = int(attention.head_dim)
         self._queries = base_layer(attention.q_proj).out_features // self._size
         self._keys = base_layer(attention.k_proj).out_features // self._size
@@ -105,10 +202,13 @@ class _Layer:
         cache: Cache,
         number: int,
         rows: Rows,
+        beginning: SharedBeginning | None,
     ) -> Tensor:
         layer = self._layer
         batch, queries, keys = len(x_BH), self._queries, self._keys
-        heads = self._qkv(_normed(layer.input_layernorm, x_BH), rows)
+        heads = self._qkv(x_BH, rows)
+        if is_turned := self._folds and rows.place_B is not None:
+            heads = heads[rows.place_B]
         heads = heads.view(batch, queries + 2 * keys, self._size)
         turned = heads[:, : queries + keys]
         if self._has_norms:
@@ -121,25 +221,43 @@ class _Layer:
         v = heads[:, queries + keys :]
         seen_k, seen_v = cache.update(k.unsqueeze(2), v.unsqueeze(2), number)
         # Queries that share a key head stand side by side: no key is copied for them.
-        mixed = functional.scaled_dot_product_attention(
-            q.reshape(batch, keys, queries // keys, self._size),
-            seen_k,
-            seen_v,
-            attn_mask=hidden_B1L.unsqueeze(1).expand(-1, 1, queries // keys, -1),
-            scale=layer.self_attn.scaling,
-        )
-        x_BH = x_BH + self._out(mixed.reshape(batch, queries * self._size), rows)
-        gate, up = self._gate_up(_normed(layer.post_attention_layernorm, x_BH), rows).chunk(2, -1)
+        q_BKGS = q.reshape(batch, keys, queries // keys, self._size)
+        scale = layer.self_attn.scaling
+        if beginning is None:
+            mixed_BKGS = functional.scaled_dot_product_attention(
+                q_BKGS,
+                seen_k,
+                seen_v,
+                attn_mask=hidden_B1L.unsqueeze(1).expand(-1, 1, queries // keys, -1),
+                scale=scale,
+            )
+        else:
+            mixed_BKGS = beginning.attend(number, q_BKGS, seen_k, seen_v, hidden_B1L, scale)
+        mixed = mixed_BKGS.reshape(batch, queries * self._size)
+        x_BH = x_BH + self._out(mixed[rows.order_B] if is_turned else mixed, rows)
+        gate, up = self._gate_up(x_BH, rows).chunk(2, -1)
         return x_BH + self._down(layer.mlp.act_fn(gate) * up, rows)
 
 
 class _Joined:
-    """Linear layers that read the same states, as one.
+    """Linear layers that read the same states, as one, with the norm before them.
 
-    Their weights become views of one tensor, so nothing is kept twice.
+    Their weights become views of one tensor, so nothing is kept twice but what is folded: W + s B A
+    for each adapter, times the norm's weights. Then rows of an adapter must stand together.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], lora: LoraLayers) -> None:
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        lora: LoraLayers,
+        norm: Any | None = None,
+        *,
+        folds: bool,
+    ) -> None:
+        self._norm = norm
+        self._folds = folds
+        self._folded: dict[str, Tensor] = {}
+        self._version = -1
         bases = [base_layer(layer) for layer in layers]
         self._adapters: RowAdapters = lora.join(layers)
         self._weight = _joined([base.weight for base in bases])
@@ -156,7 +274,30 @@ class _Joined:
             )
 
     def __call__(self, x: Tensor, rows: Rows) -> Tensor:
-        return self._adapters.add(functional.linear(x, self._weight, self._bias), x, rows)
+        if not self._folds:
+            x = x if self._norm is None else _normed(self._norm, x)
+            return self._adapters.add(functional.linear(x, self._weight, self._bias), x, rows)
+        if self._norm is not None:
+            squares = (x * x).sum(-1, keepdim=True)  # the root of the width is in the weights
+            x = x * squares.add_(x.shape[-1] * self._norm.variance_epsilon).rsqrt_()
+        parts = [
+            functional.linear(x[span], self._own(name), self._bias) for name, span in rows.spans
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _own(self, name: str) -> Tensor:
+        """The weights that rows of an adapter have, as it was published last."""
+        if self._version != self._adapters.version:
+            self._folded.clear()
+            self._version = self._adapters.version
+        weight = self._folded.get(name)
+        if weight is None:
+            change = self._adapters.change(name)
+            weight = self._weight if change is None else self._weight + change
+            if self._norm is not None:
+                weight = weight * (self._norm.weight * math.sqrt(weight.shape[1]))
+            self._folded[name] = weight
+        return weight
 
 
 def _joined(parameters: Sequence[Tensor]) -> Tensor:

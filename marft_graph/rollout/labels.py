@@ -73,6 +73,8 @@ def labels_of(graph: Pregel[Any, Any, Any, Any], reward: RewardFunction | None) 
     keys = {key for key in input_channels(graph) if not collects(graph.channels[key])}
     names = _names_in(reward)
     keys &= keys if names is None else names
+    if not keys:
+        return Labels()
     plain, possible = _written(graph)
     return Labels(frozenset(keys & plain), frozenset(keys & possible - plain))
 

@@ -26,6 +26,7 @@ from marft_graph.errors import (
     ModelError,
     PromptTooLongError,
 )
+from marft_graph.policy import step
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.logprobs import FORBIDDEN, token_logprobs
 from marft_graph.rollout.runner import run_episodes
@@ -93,6 +94,44 @@ def test_stored_logprobs_equal_the_recomputation(policy: Policy) -> None:
         assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-4)
     assert reasons == {"stop", "length"}  # ends by end-of-sequence and by limit are both covered
     engine.close()
+
+
+def test_calls_with_equal_prompts_read_them_once(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "_SHARED_TOKENS", 8)
+    used = []
+    attend = step.SharedBeginning.attend
+
+    def counted(self: step.SharedBeginning, *args: Any) -> torch.Tensor:
+        used.append(self.length)
+        return attend(self, *args)
+
+    monkeypatch.setattr(step.SharedBeginning, "attend", counted)
+    requests = [
+        dataclasses.replace(prompt, seed=seed, order=(i, seed))
+        for i, prompt in enumerate(mixed_requests(policy, 7))
+        for seed in range(4)
+    ]
+    requests = [  # rows of a group leave at different times
+        dataclasses.replace(
+            r, sampling=dataclasses.replace(r.sampling, temperature=1.0, max_tokens=4 + r.seed * 7)
+        )
+        for r in requests
+    ]
+    together = answers(LocalEngine(policy), requests)
+    assert used
+    assert min(used) >= 8
+    for request, completion in zip(requests, together, strict=True):
+        assert isinstance(completion, Completion)
+        expected = recomputed(policy, request, completion.ids)
+        assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-4)
+    used.clear()
+    engine = LocalEngine(policy)
+    alone = [engine.submit(request).result(timeout=60) for request in requests]
+    engine.close()
+    assert not used
+    assert [c.ids for c in alone] == [c.ids for c in together if isinstance(c, Completion)]
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(policy: Policy) -> None:

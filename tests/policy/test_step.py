@@ -17,6 +17,7 @@ from marft_graph.config import TrainConfig
 from marft_graph.engine.cache import RowCache
 from marft_graph.policy import step
 from marft_graph.policy.adapters import Policy
+from marft_graph.policy.step import SharedBeginning
 
 AGENTS: dict[str, dict[str, object]] = {
     "a": {"lora_rank": 4},
@@ -62,7 +63,11 @@ def load(kind: str, tiny_model: Path, folder: Path) -> Policy:
 
 
 def next_states(
-    policy: Policy, ids_BT: Tensor, lengths: list[int], agents: list[str | None]
+    policy: Policy,
+    ids_BT: Tensor,
+    lengths: list[int],
+    agents: list[str | None],
+    beginning: SharedBeginning | None = None,
 ) -> Tensor:
     """States (B, H) of each row's last token, decoded on top of a cache of those before it."""
     prefilled = DynamicCache(config=policy.config)
@@ -78,14 +83,22 @@ def next_states(
             position_B=last_B,
             is_seen_BL=torch.arange(max(lengths)) <= last_B.unsqueeze(-1),
             cache=cache,
+            beginning=beginning,
         )
 
 
+@pytest.mark.parametrize("folded", [step._FOLDED_PARAMETERS, 0])
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("agents", [["a", None, "b"], ["b"] * 3, [None] * 3], ids=str)
 def test_a_step_gives_the_states_of_the_models_own_pass(
-    kind: str, agents: list[str | None], tiny_model: Path, tmp_path: Path
+    kind: str,
+    agents: list[str | None],
+    folded: int,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(step, "_FOLDED_PARAMETERS", folded)
     policy = load(kind, tiny_model, tmp_path)
     assert (policy._step is not None) == (kind != "gemma")  # its norms add 1 to their weights
     lengths = [9, 5, 7]
@@ -94,6 +107,45 @@ def test_a_step_gives_the_states_of_the_models_own_pass(
         own = policy.hidden(ids_BT)[torch.arange(3), [length - 1 for length in lengths]]
     ours = next_states(policy, ids_BT, lengths, agents)
     torch.testing.assert_close(ours, own, atol=1e-5, rtol=1e-4)
+
+
+def test_adapters_that_are_published_again_are_folded_again(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    policy = load("qwen2", tiny_model, tmp_path)
+    assert policy._step is not None
+    assert policy._step._folds
+    ids_BT = torch.randint(1, policy.vocabulary, (2, 6))
+    before = next_states(policy, ids_BT, [6, 6], ["a", "b"])
+    for parameter in policy.adapter_parameters["b"]:
+        parameter.data += 0.1
+    torch.testing.assert_close(next_states(policy, ids_BT, [6, 6], ["a", "b"]), before)
+    policy.publish()
+    with policy.using_rows(["a", "b"]):
+        own = policy.hidden(ids_BT)[:, -1]
+    after = next_states(policy, ids_BT, [6, 6], ["a", "b"])
+    torch.testing.assert_close(after, own, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(after[0], before[0])
+    assert (after[1] - before[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_rows_that_begin_alike_read_their_beginning_once(
+    kind: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    policy = load(kind, tiny_model, tmp_path)
+    ids_BT = torch.randint(1, policy.vocabulary, (5, 12))
+    groups, agents = [[0, 3, 4], [1], [2]], ["a", "b", None, "a", "a"]
+    ids_BT[[3, 4], :6] = ids_BT[0, :6]
+    lengths = [12, 7, 9, 8, 12]
+    beginning = SharedBeginning(groups, 6, policy.device)
+    with policy.using_rows(agents):
+        own = policy.hidden(ids_BT)[torch.arange(5), [length - 1 for length in lengths]]
+    ours = next_states(policy, ids_BT, lengths, agents, beginning)
+    torch.testing.assert_close(ours, own, atol=1e-5, rtol=1e-4)
+    assert set(beginning._read) == {0, 1}
+    wrong = SharedBeginning([[0, 1, 2, 3, 4]], 6, policy.device)
+    assert (next_states(policy, ids_BT, lengths, agents, wrong) - own).abs().max() > 0.01
 
 
 def test_joined_weights_are_the_models_own(tiny_model: Path, tmp_path: Path) -> None:
