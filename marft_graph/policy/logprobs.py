@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Logits of one chunk: 64 Mi floats are 256 MiB in fp32.
-_CHUNK_ELEMENTS = 64 * 2**20
+# Logits of one chunk: 16 Mi floats are 64 MiB in fp32, and there are several such tensors.
+_CHUNK_ELEMENTS = 16 * 2**20
 # The logit of a token that a grammar forbids: its probability is exactly 0 at any temperature, and
 # 0 times its log-prob is still a number.
 FORBIDDEN = -1e30
