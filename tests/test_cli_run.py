@@ -1,5 +1,6 @@
 """The commands on a real workflow with a tiny random model: train, eval, export, resume, refuse."""
 
+import json
 import re
 import shutil
 import signal
@@ -118,7 +119,10 @@ def test_eval_of_a_folder_that_is_no_export_says_so(workflow, tmp_path):
 def test_export_writes_a_new_folder_and_refuses_a_used_one(run, tmp_path):
     first = marft("export", run[0], tmp_path / "out")
     assert first.exit_code == 0, first.output
-    assert (tmp_path / "out" / "manifest.json").is_file()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["serve"][0].startswith("vllm serve ")
+    assert f"    {manifest['serve'][0]}\n" in first.stdout
+    assert manifest["serve"][0] in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     again = marft("export", run[0], tmp_path / "out")
     assert again.exit_code == 1
     assert "not empty" in again.stderr

@@ -33,12 +33,19 @@ def export(
     With them go a manifest, a model card for each, the vLLM command and a compose file.
     """
     from marft_graph.deploy.export import export_run
+    from marft_graph.deploy.manifest import read_manifest
 
     given: dict[str, Any] = {"merged": merged}
     if only_improved is not None:
         given |= _improved(run, only_improved)
     folder = export_run(run, out, **given)
-    click.echo(f"adapters: {folder}\n\n{usage(folder)}")
+    commands = "\n".join(f"    {command}" for command in read_manifest(folder).serve)
+    click.echo(
+        f"adapters: {folder}\n\n{usage(folder)}\n\n"
+        f"or serve them, each under its own model name:\n\n{commands}\n\n"
+        "and let the app ask that server:\n\n"
+        f"    app = bind(graph, {str(folder)!r}, base_url='http://localhost:8000/v1')"
+    )
     if push is not None:
         from marft_graph.deploy.hub import push_to_hub
 

@@ -189,7 +189,7 @@ def _fill(
         card = model_card(name, manifest)
         (folder / "adapters" / name / "README.md").write_text(card, encoding="utf-8")
     own = {base for base, template in templates.items() if not template.is_the_models}
-    commands = vllm_commands(listed, out_dir, templates=own)
+    commands = manifest["serve"] = vllm_commands(listed, out_dir, templates=own)
     (folder / "README.md").write_text(_readme(commands, kept), encoding="utf-8")
     (folder / "compose.yaml").write_text(compose(listed, own), encoding="utf-8")
     manifest["sha256"] = {name: digest_of(folder / name) for name in files_of(folder)}

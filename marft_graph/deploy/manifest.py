@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Manifest:
     """Sampling temperature in training; None: what the app asked for, else 1."""
     merged: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Adapter -> folder of its base model with the adapter merged in, where that was asked for."""
+    serve: Sequence[str] = ()
+    """Commands that serve the adapters on vLLM where they were exported to, one for each base."""
 
     def folders(self, folder: Path, base_model: str | None = None) -> dict[str, tuple[str, Path]]:
         """Base model and folder of each adapter.
