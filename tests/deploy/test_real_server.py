@@ -61,7 +61,7 @@ def served(
     (line,) = [line for line in printed.splitlines() if line.strip().startswith("vllm serve")]
     program, *arguments = shlex.split(line)
     port = free_port()
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_TARGET_DEVICE": "cpu"}
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     with (folder.parent / "vllm.log").open("w") as log:
         server = subprocess.Popen(
             [str(Path(python).with_name(program)), *arguments, *ON_THE_CPU, f"--port={port}"],
