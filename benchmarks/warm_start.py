@@ -65,10 +65,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--iterations", type=int, default=12, help="of RL alone")
     parser.add_argument("--teacher", type=int, default=128, help="episodes of the teacher")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=5, help="so many, from --first-seed")
+    parser.add_argument("--first-seed", type=int, default=0)
     args = parser.parse_args()
     results = []
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         for is_warm in (False, True):
             results.append(measure(args.out, seed, args.iterations, args.teacher if is_warm else 0))
             print(json.dumps(results[-1]), flush=True)

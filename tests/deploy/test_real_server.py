@@ -140,12 +140,13 @@ def test_the_app_on_the_printed_server_has_the_trainers_greedy_return(
     monkeypatch.chdir(ROOT)
     folder, url = served
     examples = list(task.generate()[1])
-    expected = next(e for e in reversed(read_evaluations(run)) if e["greedy"])
-    assert expected["episodes"] == len(examples)
+    trained = read_evaluations(run)[-1]
+    assert trained["eval_episodes"] == len(examples)
+    expected = trained["eval_return_greedy"]
     graph = APPS[app](url, folder)
     inputs = [{"question": example["question"]} for example in examples]
     states = graph.batch(inputs, {"max_concurrency": 16})
     rewards = [task.reward(e, s) for e, s in zip(examples, states, strict=True)]
     found = statistics.fmean(rewards)
-    assert expected["return_mean"] > 0.3  # it has learnt something to be reproduced
-    assert found == pytest.approx(expected["return_mean"], abs=0.01)
+    assert expected > 0.3  # it has learnt something to be reproduced
+    assert found == pytest.approx(expected, abs=0.01)
