@@ -18,6 +18,8 @@ os.environ.update(
         "LANGSMITH_TRACING": "false",
         "LANGCHAIN_TRACING_V2": "false",
         "MPLBACKEND": "Agg",
+        # Threads that wait for each other are slow where other work shares the processor.
+        "OMP_NUM_THREADS": "1",
         # Apps under test build API models at import; a key must exist, and must never work.
         "OPENAI_API_KEY": "sk-not-a-key",
         "OPENAI_BASE_URL": "http://127.0.0.1:9",

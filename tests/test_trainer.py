@@ -78,15 +78,17 @@ def test_a_run_leaves_what_the_readme_promises(make: Callable[..., Trainer]) -> 
     assert [row["iteration"] for row in read_evaluations(result.run_dir)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_seed_gives_the_same_metrics(
-    make: Callable[..., Trainer], tiny_model: Path
+    make: Callable[..., Trainer], tiny_model: Path, threads: int
 ) -> None:
     runs = []
-    for name, advantage in (("a", "gae"), ("b", "gae")):
-        trainer = make(run=name, config=config(tiny_model, advantage=advantage, iterations=3))
+    settings = {"advantage": "gae", "iterations": 3, "cpu_threads": threads}
+    for name in ("a", "b"):
+        trainer = make(run=name, config=config(tiny_model, **settings))
         runs.append(without_times(read_metrics(trainer.train(progress=False).run_dir)))
     assert runs[0] == runs[1]
-    other = make(run="c", config=config(tiny_model, advantage="gae", iterations=3, seed=1))
+    other = make(run="c", config=config(tiny_model, **settings, seed=1))
     assert without_times(read_metrics(other.train(progress=False).run_dir)) != runs[0]
 
 
