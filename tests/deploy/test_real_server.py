@@ -20,17 +20,17 @@ from typing import Any
 import pytest
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI
-from langgraph.graph import END, START, StateGraph
+from langgraph.graph import START, StateGraph
 
 from marft_graph import bind
 from marft_graph.deploy.manifest import read_manifest
 from marft_graph.run.tracking import read_evaluations
 from marft_graph.workflow import load_target
-from tests.engine.vllm.test_real_server import ROOT, WAIT, python
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
-__all__ = ["python"]  # a fixture
+ROOT = Path(__file__).parents[2]
+WAIT = 600
 
 ON_THE_CPU = ("--dtype=float32", "--enforce-eager", "--max-model-len=512", "--max-num-seqs=64")
 """What this machine needs beside the printed command."""
@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(
-    run: Path, python: str, tmp_path_factory: pytest.TempPathFactory
+    run: Path, vllm_python: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, str]]:
     """The export, and a server that the printed command started."""
     folder = tmp_path_factory.mktemp("exports") / "duo"
@@ -64,7 +64,7 @@ def served(
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     with (folder.parent / "vllm.log").open("w") as log:
         server = subprocess.Popen(
-            [str(Path(python).with_name(program)), *arguments, *ON_THE_CPU, f"--port={port}"],
+            [str(Path(vllm_python).with_name(program)), *arguments, *ON_THE_CPU, f"--port={port}"],
             stdout=log,
             stderr=log,
             env=environment,
@@ -112,13 +112,8 @@ def plain_app(base_url: str, max_tokens: int) -> Any:
         return {"answer": answers.invoke([SystemMessage(ACTOR_PROMPT), ask(task)]).text}
 
     ask = HumanMessage
-    builder = StateGraph(State)
-    builder.add_node("reasoner", reasoner)
-    builder.add_node("actor", actor)
-    builder.add_edge(START, "reasoner")
-    builder.add_edge("reasoner", "actor")
-    builder.add_edge("actor", END)
-    return builder.compile()
+    steps = [("reasoner", reasoner), ("actor", actor)]
+    return StateGraph(State).add_sequence(steps).add_edge(START, "reasoner").compile()
 
 
 def bound_app(base_url: str, folder: Path) -> Any:

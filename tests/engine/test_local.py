@@ -17,8 +17,9 @@ from langchain_core.messages import HumanMessage
 from marft_graph.engine import local
 from marft_graph.engine.base import Completion, GenerationRequest, SamplingSettings
 from marft_graph.engine.cache import bytes_per_token
-from marft_graph.engine.local import LocalEngine, sample
+from marft_graph.engine.local import LocalEngine
 from marft_graph.engine.prefixes import Prefixes
+from marft_graph.engine.sampler import sample
 from marft_graph.errors import (
     CallTimeoutError,
     ConfigError,
@@ -26,7 +27,7 @@ from marft_graph.errors import (
     ModelError,
     PromptTooLongError,
 )
-from marft_graph.policy import step
+from marft_graph.policy import beginning
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.logprobs import FORBIDDEN, token_logprobs
 from marft_graph.rollout.runner import run_episodes
@@ -99,15 +100,15 @@ def test_stored_logprobs_equal_the_recomputation(policy: Policy) -> None:
 def test_calls_with_equal_prompts_read_them_once(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step, "_SHARED_TOKENS", 8)
+    monkeypatch.setattr(beginning, "_SHARED_TOKENS", 8)
     used = []
-    attend = step.SharedBeginning.attend
+    attend = beginning.SharedBeginning.attend
 
-    def counted(self: step.SharedBeginning, *args: Any) -> torch.Tensor:
+    def counted(self: beginning.SharedBeginning, *args: Any) -> torch.Tensor:
         used.append(self.length)
         return attend(self, *args)
 
-    monkeypatch.setattr(step.SharedBeginning, "attend", counted)
+    monkeypatch.setattr(beginning.SharedBeginning, "attend", counted)
     requests = [
         dataclasses.replace(prompt, seed=seed, order=(i, seed))
         for i, prompt in enumerate(mixed_requests(policy, 7))

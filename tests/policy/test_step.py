@@ -17,7 +17,7 @@ from marft_graph.config import TrainConfig
 from marft_graph.engine.cache import RowCache
 from marft_graph.policy import step
 from marft_graph.policy.adapters import Policy
-from marft_graph.policy.step import SharedBeginning
+from marft_graph.policy.beginning import SharedBeginning
 
 AGENTS: dict[str, dict[str, object]] = {
     "a": {"lora_rank": 4},

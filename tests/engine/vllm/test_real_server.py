@@ -91,20 +91,11 @@ class RealServer:
 
 
 @pytest.fixture(scope="module")
-def python() -> str:
-    own = ROOT / ".venv-vllm" / "bin" / "python"
-    found = os.environ.get("MARFT_VLLM_PYTHON", str(own))
-    if not Path(found).exists():
-        pytest.skip(f"{found} is missing; `make vllm-cpu` makes it (Linux, x86_64)")
-    return found
-
-
-@pytest.fixture(scope="module")
-def pair(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RealServer]]:
+def pair(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RealServer]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         logs = tmp_path_factory.mktemp("vllm")
-        started = [RealServer(python, logs / f"{n}.log") for n in range(2)]
+        started = [RealServer(vllm_python, logs / f"{n}.log") for n in range(2)]
         try:
             yield started
         finally:
@@ -241,10 +232,10 @@ def at_call(number: int, act: Callable[[], None]) -> Reward:
 
 
 def test_a_server_of_the_runs_own_trains_math_duo_and_ends_with_it(
-    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vllm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    with duo(tmp_path / "run", vllm_python=python, vllm_args=ARGUMENTS) as trainer:
+    with duo(tmp_path / "run", vllm_python=vllm_python, vllm_args=ARGUMENTS) as trainer:
         trainer.train(progress=False)
         url = trainer._engine._pool._fleet.servers[0].endpoint.url
     rows = read_metrics(tmp_path / "run")
