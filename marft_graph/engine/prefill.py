@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from marft_graph.engine.prefixes import Kept, Prefixes
 from marft_graph.policy.adapters import Policy
-from marft_graph.policy.rows import Row, lay_out, padded_ids, positions, seen
+from marft_graph.policy.rows import Row, lay_out
 
 Prompt = tuple[str | None, tuple[int, ...]]
 """An agent and the token ids of its prompt."""
@@ -84,17 +84,9 @@ def _one_batch(policy: Policy, agent_rows: Sequence[tuple[str | None, Row]]) -> 
     members = [index for row in rows for index in row.members]
     paths = [path for row in rows for path in row.paths]
     row_M = [place for place, row in enumerate(rows) for _ in row.members]
-    device = policy.device
-    is_shared = len(members) > len(rows)
     cache = DynamicCache(config=policy.config)
     with policy.using_rows([agent for agent, _ in agent_rows]):
-        hidden_BTH = policy.hidden(
-            torch.from_numpy(padded_ids(rows)).to(device),
-            is_seen_BTT=torch.from_numpy(seen(rows)).to(device) if is_shared else None,
-            position_ids=torch.from_numpy(positions(rows)).to(device) if is_shared else None,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        hidden_BTH = policy.hidden_of(rows, past_key_values=cache, use_cache=True)
         logits_MV = policy.logits(hidden_BTH[row_M, [int(path[-1]) for path in paths]])
     return Prefilled(members, cache, row_M, paths, logits_MV, sum(row.length for row in rows))
 

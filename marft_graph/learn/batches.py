@@ -1,8 +1,8 @@
 """Calls as tensors: which tokens go through the model, and which of them were actions.
 
 Calls that begin alike (a group's episodes, a conversation's turns) share a row: what they have in
-common goes through the model once, and a mask lets each token see only what came before it in its
-own call. That is exact, and gradients add up in the shared tokens. A batch's action tokens are one
+common goes through the model once, and each token sees only what came before it in its own call.
+That is exact, and gradients add up in the shared tokens. A batch's action tokens are one
 flat axis N, in the order of its calls, so that nothing is ever masked there.
 """
 
@@ -20,7 +20,7 @@ from marft_graph.episode import Call
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.grammar import Grammars
 from marft_graph.policy.logprobs import token_logprobs
-from marft_graph.policy.rows import Row, lay_out, padded_ids, positions, seen
+from marft_graph.policy.rows import Row, lay_out
 
 _BATCH_TOKENS = 256
 """What a batch costs besides its tokens, in tokens; measured on a small model."""
@@ -28,14 +28,8 @@ _BATCH_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class CallBatch:
-    """Some calls of one agent, ready for a forward pass."""
+    """The action tokens of some rows of calls, and where their states stand."""
 
-    ids_BT: Tensor
-    """Rows of tokens, right-padded with 0; a call's last token is left out (nothing follows)."""
-    position_BT: Tensor | None
-    """Place of each token in its own call; None: every row is one call."""
-    is_seen_BTT: Tensor | None
-    """Whether a token (second axis) sees another (third); None: all that stand before it."""
     row_N: Tensor
     """Row of each action token."""
     state_N: Tensor
@@ -66,6 +60,8 @@ def microbatches(
     sequences = [(call.prompt_ids + call.completion_ids)[:-1] for call in calls]
     rows = lay_out(sequences, max_tokens, quadratic=quadratic)
     rows.sort(key=lambda row: (-row.length, row.members[0]))
+    if any(len(row.members) > 1 for row in rows):
+        quadratic = 0.0  # attention is by `Segments`, whatever rows are padded to
     start = 0
     for end in _cuts([row.length for row in rows], max_tokens, quadratic):
         yield rows[start:end]
@@ -104,11 +100,7 @@ def collate(calls: Sequence[Call], rows: Sequence[Row], device: torch.device) ->
             state_N.append(path[len(path) - count :])
             target_N += call.completion_ids
             temperature_N += [call.temperature] * count
-    is_shared = any(len(row.members) > 1 for row in rows)
     return CallBatch(
-        torch.from_numpy(padded_ids(rows)).to(device),
-        torch.from_numpy(positions(rows)).to(device) if is_shared else None,
-        torch.from_numpy(seen(rows)).to(device) if is_shared else None,
         torch.from_numpy(np.concatenate(row_N)).to(device),
         torch.from_numpy(np.concatenate(state_N)).to(device),
         torch.tensor(target_N, device=device),
@@ -128,10 +120,7 @@ def score(
     allowed_NW = None
     if any(call.grammar for call in laid_out):
         allowed_NW = allowed_tokens(laid_out, policy.grammars).to(policy.device)
-    hidden_BTH = policy.hidden(
-        inputs.ids_BT, is_seen_BTT=inputs.is_seen_BTT, position_ids=inputs.position_BT
-    )
-    states_NH = inputs.action_states(hidden_BTH)
+    states_NH = inputs.action_states(policy.hidden_of(rows))
     logprobs_N, entropy_N = token_logprobs(
         states_NH,
         inputs.target_N,

@@ -249,8 +249,11 @@ class _Probe:
     def growth(self, size: int, larger: int) -> float:
         """How many times as much memory a larger micro-batch may need.
 
-        Most of it grows with the tokens; the masks of shared rows with the square of their length.
+        It grows with the tokens, but for a base that takes no `segments`: there the masks of shared
+        rows grow with the square of their length.
         """
+        if self.team.of(self.agent).reads_segments:
+            return larger / size
         small, large = self._rows(size), self._rows(larger)
         pairs = [len(rows) * rows[0].length ** 2 for rows in (small, large)]
         return max(larger / size, pairs[1] / pairs[0])

@@ -43,6 +43,8 @@ from marft_graph.policy.beginning import SharedBeginning
 from marft_graph.policy.chat import TokenizerCodec
 from marft_graph.policy.grammar import Grammars
 from marft_graph.policy.lora import BASE, AdapterValues, LoraLayers
+from marft_graph.policy.rows import Row, padded_ids, positions, seen
+from marft_graph.policy.segments import Segments, read_segments
 from marft_graph.policy.sharding import ShardedLayers
 from marft_graph.policy.step import StepDecoder
 from marft_graph.ranks import Sharding
@@ -85,6 +87,8 @@ class Policy:
                 for parameter in parameters:
                     parameter.requires_grad_(True)
         self._check_head(base)
+        self.reads_segments = read_segments(base, self._decoder)
+        """Whether tokens of shared rows meet their own sequences alone; else there is a mask."""
 
     @classmethod
     def load(
@@ -309,6 +313,21 @@ class Policy:
             inputs["attention_mask"] = self._hiding(is_seen_BTT).unsqueeze(1)
         states: Tensor = self._decoder(input_ids=ids_BT, **inputs).last_hidden_state
         return states
+
+    def hidden_of(self, rows: Sequence[Row], **inputs: Any) -> Tensor:
+        """Last hidden states (B, T, H) of rows of sequences, under the adapters now in use.
+
+        T is the length of the longest row; the states of shorter ones' padding mean nothing.
+        """
+        ids_BT = torch.from_numpy(padded_ids(rows)).to(self.device)
+        if all(len(row.members) == 1 for row in rows):
+            return self.hidden(ids_BT, **inputs)
+        inputs["position_ids"] = torch.from_numpy(positions(rows)).to(self.device)
+        if self.reads_segments:
+            inputs["segments"] = Segments(rows, self.device, self.dtype)
+            return self.hidden(ids_BT, **inputs)
+        is_seen_BTT = torch.from_numpy(seen(rows)).to(self.device)
+        return self.hidden(ids_BT, is_seen_BTT=is_seen_BTT, **inputs)
 
     def step(
         self,

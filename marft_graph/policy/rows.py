@@ -1,7 +1,7 @@
 """Sequences that begin alike as one row of tokens, in which the common beginning stands once.
 
-A mask lets each token see only what came before it in its own sequence, which is exact: the states
-of a row are those of its sequences. The engine lays out prompts so, the learner whole calls.
+Each token sees only what came before it in its own sequence, by `segments` or a mask. So the states
+of a row are exactly those of its sequences. The engine lays out prompts so, the learner calls.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ class Row:
     """Indices of the sequences, in the order in which they were laid out."""
     paths: list[np.ndarray] = field(default_factory=list)
     """For each sequence, the columns of its tokens."""
+    own: list[np.ndarray] = field(default_factory=list)
+    """For each sequence, those of its columns that it added to the row, all in one piece."""
     ids: list[int] = field(default_factory=list)
 
     @property
@@ -33,6 +35,7 @@ class Row:
         known = self.paths[-1][:shared] if self.paths else own[:0]
         self.members.append(index)
         self.paths.append(np.concatenate([known, own]))
+        self.own.append(own)
         self.ids.extend(ids[shared:].tolist())
 
 
@@ -42,8 +45,8 @@ def lay_out(
     """All sequences in rows.
 
     A sequence joins a row that begins alike where that saves work and the row has at most
-    `max_tokens` then: a row of T tokens costs T + `quadratic` * T^2, the latter for attention, of
-    which a row with one sequence needs only half.
+    `max_tokens` then: its T own tokens cost T + `quadratic` * T * L, the latter for attention to
+    the L tokens of its path, of which a row with one sequence needs only half.
 
     >>> [(row.members, row.ids) for row in lay_out([(1, 2, 3), (5, 6), (1, 2, 4)], 100)]
     [([0, 2], [1, 2, 3, 4]), ([1], [5, 6])]
@@ -63,10 +66,11 @@ def lay_out(
     return rows
 
 
-def _is_worth_it(row: int, own: int, shared: int, max_tokens: int, quadratic: float) -> bool:
-    joined = row + own - shared
-    alone = own + 0.5 * quadratic * own**2
-    return joined <= max_tokens and joined - row + quadratic * (joined**2 - row**2) < alone
+def _is_worth_it(row: int, length: int, shared: int, max_tokens: int, quadratic: float) -> bool:
+    own = length - shared
+    joined = own + quadratic * own * length
+    alone = length + 0.5 * quadratic * length**2
+    return row + own <= max_tokens and joined < alone
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
@@ -100,12 +104,7 @@ def seen(rows: Sequence[Row]) -> np.ndarray:
     is_seen_BTT = np.zeros((len(rows), longest, longest), dtype=np.bool_)
     is_seen_BTT[:, np.arange(longest), np.arange(longest)] = True
     for is_seen_TT, row in zip(is_seen_BTT, rows, strict=True):
-        laid_out = 0
-        for path in row.paths:
-            own = path[path >= laid_out]  # the columns that this sequence added, all in one piece
-            laid_out += len(own)
-            if len(own):
-                block = slice(own[0], own[-1] + 1)
-                is_seen_TT[block, path[: len(path) - len(own)]] = True
-                is_seen_TT[block, block] = np.tri(len(own), dtype=np.bool_)
+        for own, path in zip(row.own, row.paths, strict=True):
+            is_seen_TT[own[:, None], path[: len(path) - len(own)]] = True
+            is_seen_TT[own[:, None], own] = np.tri(len(own), dtype=np.bool_)
     return is_seen_BTT

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +12,7 @@ from torch import Tensor
 from marft_graph.episode import Call
 from marft_graph.learn.batches import collate, microbatches, score
 from marft_graph.policy.adapters import Policy
-from marft_graph.policy.rows import Row
+from marft_graph.policy.rows import Row, padded_ids, positions, seen
 from tests.support import make_agents
 
 CPU = torch.device("cpu")
@@ -31,18 +32,20 @@ def test_every_call_sees_exactly_its_own_tokens(
 ) -> None:
     found: list[int] = []
     for rows in microbatches(calls, max_tokens, quadratic=quadratic):
-        batch = collate(calls, rows, CPU)
         found += [index for row in rows for index in row.members]
+        ids_BT, position_BT, is_seen_BTT = padded_ids(rows), positions(rows), seen(rows)
+        batch = collate(calls, rows, CPU)
+        actions = iter(zip(batch.row_N.tolist(), batch.state_N.tolist(), strict=True))
         for place, row in enumerate(rows):
             for index, path in zip(row.members, row.paths, strict=True):
                 ids = (calls[index].prompt_ids + calls[index].completion_ids)[:-1]
-                assert tuple(batch.ids_BT[place, path].tolist()) == ids
+                assert tuple(ids_BT[place, path].tolist()) == ids
                 for depth, column in enumerate(path.tolist()):
-                    seen = range(column + 1)
-                    if batch.is_seen_BTT is not None and batch.position_BT is not None:
-                        seen = batch.is_seen_BTT[place, column].nonzero().flatten().tolist()
-                        assert batch.position_BT[place, column] == depth
-                    assert list(seen) == path[: depth + 1].tolist()
+                    assert position_BT[place, column] == depth
+                    read = np.flatnonzero(is_seen_BTT[place, column])
+                    assert read.tolist() == path[: depth + 1].tolist()
+                for column in path[len(calls[index].prompt_ids) - 1 :].tolist():
+                    assert next(actions) == (place, column)
     assert sorted(found) == list(range(len(calls)))
 
 
@@ -65,11 +68,9 @@ def test_a_group_and_a_conversation_stand_in_one_row() -> None:
     assert row.members == [0, 1, 4, 2, 3]
 
 
-def test_calls_with_nothing_in_common_need_no_mask() -> None:
+def test_calls_with_nothing_in_common_stand_in_rows_of_their_own() -> None:
     calls = [call((1, 2), (3,)), call((2, 2), (3, 4, 5))]
     (rows,) = microbatches(calls, 1000)
-    batch = collate(calls, rows, CPU)
-    assert batch.is_seen_BTT is None
     assert [row.members for row in rows] == [[1], [0]]
 
 
@@ -135,10 +136,9 @@ def test_shared_rows_give_the_logprobs_and_gradients_of_separate_ones(policy: Po
 
 
 def test_a_row_lays_out_what_is_new() -> None:
-    import numpy as np
-
     row = Row()
     row.add(7, np.array([1, 2, 3]), 0)
     row.add(9, np.array([1, 2, 4, 5]), 2)
     assert row.ids == [1, 2, 3, 4, 5]
     assert [path.tolist() for path in row.paths] == [[0, 1, 2], [0, 1, 3, 4]]
+    assert [own.tolist() for own in row.own] == [[0, 1, 2], [3, 4]]

@@ -48,7 +48,7 @@ def test_less_memory_gives_the_same_update(
     expected = plain.update(episodes, iteration=1)
 
     _, short = learner(tiny_model, microbatch_tokens=4096)
-    short_of_memory(monkeypatch, 100, error)
+    short_of_memory(monkeypatch, 60, error)
     stats = update_within_memory(short, short._team, episodes, 1)
     assert short.microbatch_tokens == 4096 >> short.out_of_memory < 4096
     assert "trying again with microbatch_tokens=2048" in caplog.text

@@ -1,0 +1,185 @@
+"""Attention in rows where sequences share a beginning: each token reads its own sequence's keys.
+
+A mask over a whole row would do, but most of its work would be thrown away: of eight answers to one
+prompt, each would be scored against all others. Here the tokens that a sequence added to its row
+meet copies of the keys on its path and no others, in one product for sequences of about one length.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from marft_graph.policy.rows import Row, lay_out, padded_ids, positions, seen
+
+logger = logging.getLogger(__name__)
+
+_NAME = "marft_graph"
+"""Of this attention among those of transformers."""
+_PADDING = 1.25
+"""Most scores of a product, padding included, as a multiple of those that are wanted ..."""
+_PRODUCT = 2**14
+"""... beside so many, which are what one product more would cost."""
+
+Segment = tuple[np.ndarray, np.ndarray]
+"""Places of a sequence's own tokens and of its path, among all tokens of a batch of rows."""
+
+
+class Segments:
+    """Which keys each token of some rows reads.
+
+    Args:
+        rows: a batch, padded to its longest row.
+        device: of queries and keys.
+        dtype: of queries and keys.
+    """
+
+    def __init__(self, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> None:
+        length = max(row.length for row in rows)
+        place_T = np.zeros(len(rows) * length, dtype=np.int64)  # padding may take any answer
+        self._products: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Queries (M, S) and keys (M, L) of each product, and what is added to their scores."""
+        answers = 0
+        for part in _products(_segments(rows, length)):
+            query_MS, key_ML, is_seen_MSL = _padded(part)
+            for own, _ in part:
+                place_T[own] = np.arange(answers, answers + len(own))
+                answers += query_MS.shape[1]
+            queries, keys, is_seen = (
+                torch.from_numpy(x).to(device) for x in (query_MS, key_ML, is_seen_MSL)
+            )
+            hidden = torch.zeros(is_seen.shape, dtype=dtype, device=device)
+            hidden.masked_fill_(~is_seen, torch.finfo(dtype).min)
+            self._products.append((queries, keys, hidden.unsqueeze(1)))
+        self._place_T = torch.from_numpy(place_T).to(device)
+        self.reads = 0
+        """Layers that have asked so far."""
+
+    def attend(
+        self, module: nn.Module, q_BHTS: Tensor, k_BKTS: Tensor, v_BKTS: Tensor, **options: Any
+    ) -> Tensor:
+        """What all tokens read (B, T, H, S); `module` and `options` are for transformers' SDPA."""
+        self.reads += 1
+        batch, heads, length, size = q_BHTS.shape
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTS, k_BKTS, v_BKTS))
+        answers = []
+        for query_MS, key_ML, hidden_M1SL in self._products:
+            own = _taken(q, query_MS), _taken(k, key_ML), _taken(v, key_ML)
+            read, _ = sdpa_attention_forward(module, *own, hidden_M1SL, **options)
+            answers.append(read.flatten(0, 1))
+        whole = torch.cat(answers).index_select(0, self._place_T)
+        return whole.view(batch, length, heads, size)
+
+
+def read_segments(model: PreTrainedModel, decoder: nn.Module) -> bool:
+    """Let a model's attention take `segments`; whether it does, and agrees with a mask.
+
+    A model that does not stays as it was.
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_NAME)
+    if _agrees(decoder, int(model.config.get_text_config().num_hidden_layers)):
+        return True
+    logger.warning("%s attends to rows by masks", type(decoder).__name__)
+    model.set_attn_implementation(before)
+    return False
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    segments: Segments | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' SDPA, which also takes `segments` in place of a mask."""
+    if segments is not None:
+        return segments.attend(module, query, key, value, **options), None
+    output: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+    return output, None
+
+
+AttentionInterface.register(_NAME, _attention)
+
+
+@torch.no_grad()
+def _agrees(decoder: Any, layers: int) -> bool:
+    """Whether a mask and segments give the same states."""
+    weight = decoder.get_input_embeddings().weight
+    most = len(weight) - 1
+    rows = lay_out([tuple(min(i, most) for i in ids) for ids in ((1, 2, 3), (1, 2, 4, 5))], 16)
+    inputs = {"input_ids": padded_ids(rows), "position_ids": positions(rows)}
+    given = {name: torch.from_numpy(x).to(weight.device) for name, x in inputs.items()}
+    is_seen = torch.from_numpy(seen(rows)).unsqueeze(1).to(weight.device)
+    hidden = torch.zeros(is_seen.shape, dtype=weight.dtype, device=weight.device)
+    hidden.masked_fill_(~is_seen, torch.finfo(weight.dtype).min)
+    segments = Segments(rows, weight.device, weight.dtype)
+    theirs = decoder(**given, attention_mask=hidden, use_cache=False).last_hidden_state.float()
+    try:
+        ours = decoder(**given, segments=segments, use_cache=False).last_hidden_state.float()
+    except TypeError:  # one of its parts takes no argument of this name
+        return False
+    bound = theirs.abs().max().item() * (1e-4 if weight.dtype == torch.float32 else 5e-2)
+    return segments.reads == layers and bool((ours - theirs).abs().max() <= bound)
+
+
+def _segments(rows: Sequence[Row], length: int) -> list[Segment]:
+    """What each sequence added, and its path, where rows stand one after another."""
+    return [
+        (number * length + own, number * length + path)
+        for number, row in enumerate(rows)
+        for own, path in zip(row.own, row.paths, strict=True)
+        if len(own)
+    ]
+
+
+def _products(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Parts in which padding costs little."""
+    part: list[Segment] = []
+    wanted = longest = 0
+    for segment in sorted(segments, key=lambda s: (-len(s[0]), -len(s[1]))):
+        own, path = map(len, segment)
+        most = len(part[0][0]) if part else own
+        padded = (len(part) + 1) * most * max(longest, path)
+        if part and padded > _PADDING * (wanted + own * path) + _PRODUCT:
+            yield part
+            part, wanted, longest = [], 0, 0
+        part.append(segment)
+        wanted += own * path
+        longest = max(longest, path)
+    if part:
+        yield part
+
+
+def _padded(part: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Own tokens (M, S), paths (M, L), and which of the latter each of the former sees.
+
+    Both are padded with the first token of the batch; what is no token sees one key, for a softmax
+    needs something.
+    """
+    most, longest = max(len(own) for own, _ in part), max(len(path) for _, path in part)
+    query_MS = np.zeros((len(part), most), dtype=np.int64)
+    key_ML = np.zeros((len(part), longest), dtype=np.int64)
+    is_seen_MSL = np.zeros((len(part), most, longest), dtype=np.bool_)
+    is_seen_MSL[:, :, 0] = True
+    for n, (own, path) in enumerate(part):
+        query_MS[n, : len(own)] = own
+        key_ML[n, : len(path)] = path
+        before = len(path) - len(own)
+        is_seen_MSL[n, : len(own), : len(path)] = np.tri(len(own), len(path), before, np.bool_)
+    return query_MS, key_ML, is_seen_MSL
+
+
+def _taken(x_NHS: Tensor, place_MT: Tensor) -> Tensor:
+    """(M, H, T, S): the heads of tokens at some places."""
+    taken = x_NHS.index_select(0, place_MT.flatten())
+    return taken.view(*place_MT.shape, *x_NHS.shape[1:]).transpose(1, 2)
