@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import Future
 
 import numpy as np
@@ -383,14 +383,7 @@ class LocalEngine:
         if not finished:
             return False
         self._keep_prefixes([row for row, _ in finished])
-        kept = list(self._rows)
-        for row, _ in finished:
-            hole = kept.index(row)
-            last = kept.pop()
-            if last is not row:
-                kept[hole] = last
-                self._cache.move(len(kept), hole)
-        self._rows = kept
+        self._pack({row for row, _ in finished})
         self._beginning = self._shared_beginning()
         if not self._answered:
             self._steps = 0
@@ -411,6 +404,17 @@ class LocalEngine:
                 )
             )
         return True
+
+    def _pack(self, finished: Set[Running]) -> None:
+        """Take rows out, and move the last of the others into their places."""
+        rows = self._rows
+        count = len(rows) - len(finished)
+        holes = [place for place, row in enumerate(rows[:count]) if row in finished]
+        movers = [place for place in range(count, len(rows)) if rows[place] not in finished]
+        for source, target in zip(movers, holes, strict=True):
+            self._cache.move(source, target)
+            rows[target] = rows[source]
+        self._rows = rows[:count]
 
     def _keep_prefixes(self, finished: Sequence[Running]) -> None:
         """Keep what finished rows computed, for calls that begin with it."""

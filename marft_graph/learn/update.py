@@ -68,9 +68,7 @@ class Learner:
         self.out_of_memory = 0
         """How often an update has been done again, in smaller micro-batches."""
         self.optimizers = {
-            agent: torch.optim.AdamW(
-                team.parameters(agent), lr=rate, weight_decay=settings.weight_decay
-            )
+            agent: _adamw(team.parameters(agent), rate, settings.weight_decay)
             for agent, rate in self._rates.items()
         }
         self.critics: dict[str, ValueHead] = {}
@@ -82,8 +80,8 @@ class Learner:
                     torch.manual_seed(settings.seed * 1_000_003 + 500_009 + offset)
                     head = ValueHead(int(policy.config.hidden_size)).to(policy.device)
                 self.critics[agent] = head
-                self.critic_optimizers[agent] = torch.optim.AdamW(
-                    head.parameters(), lr=settings.critic_learning_rate, weight_decay=0.0
+                self.critic_optimizers[agent] = _adamw(
+                    list(head.parameters()), settings.critic_learning_rate, weight_decay=0.0
                 )
 
     def update(self, episodes: Sequence[Episode], iteration: int) -> dict[str, AgentStats]:
@@ -481,6 +479,15 @@ class Learner:
             "advantage_zero_share": (batch.advantages_N[first] == 0).float().mean().item(),
             "return_mean": batch.returns_N[first].mean().item(),
         }
+
+
+def _adamw(
+    parameters: Sequence[torch.nn.Parameter], rate: float, weight_decay: float
+) -> torch.optim.AdamW:
+    on_cpu = parameters[0].device.type == "cpu"  # where torch would take one weight after another
+    return torch.optim.AdamW(
+        parameters, lr=rate, weight_decay=weight_decay, fused=True if on_cpu else None
+    )
 
 
 def _importance(batch: AgentBatch, cap: float) -> AgentStats:

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from langchain_core.messages import (
@@ -46,6 +46,8 @@ PLAIN_TEMPLATE = (
 # rendered, so that text from data can never become a turn of its own.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _SENTINEL = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+# So many texts' tokens are remembered: a group's episodes begin with the same.
+_REMEMBERED = 256
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NINE_LETTER_IDS = re.compile(r"length\s*!=\s*9")
 
@@ -80,6 +82,7 @@ class TokenizerCodec:
             tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True)
             for token in self._special
         ]
+        self._encode = lru_cache(_REMEMBERED)(self._encode_text)
         self._encode("")
         self._template: str | None = None
         if not tokenizer.chat_template:
@@ -264,7 +267,7 @@ class TokenizerCodec:
         kept = [token for token in ids if token not in self._silent_ids]
         return str(self._tokenizer.decode(kept, skip_special_tokens=False))
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode_text(self, text: str) -> tuple[int, ...]:
         ids: list[int] = []
         for part_index, part in enumerate(_SENTINEL.split(text)):
             if part_index % 2:
@@ -273,7 +276,7 @@ class TokenizerCodec:
                 ids += self._tokenizer.encode(
                     part, add_special_tokens=False, split_special_tokens=False
                 )
-        return ids
+        return tuple(ids)
 
     def _apply(
         self, turns: Sequence[dict[str, Any]], tools: Any, *, add_generation_prompt: bool = True
