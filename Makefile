@@ -61,8 +61,9 @@ demo: $(INSTALLED)  ## train workflows/math_duo into RUN_DIR (default runs/demo)
 	echo "Training workflows/math_duo into $$run"; \
 	exec $(BIN)/marft-graph train workflows/math_duo --run-dir "$$run"
 
+# Two processes share the default tests; tiers that are asked for by a mark may measure, or have a server.
 test: $(INSTALLED)  ## run the tests (CPU, offline)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(if $(findstring -m ,$(PYTEST_ARGS)),,-n 2 --dist worksteal) $(PYTEST_ARGS)
 
 # vLLM wants an older transformers than marft-graph, hence an environment of its own. Its CPU build
 # names torchvision and torchaudio, which serving text does not need: nothing is resolved.

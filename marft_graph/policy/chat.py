@@ -105,6 +105,15 @@ class TokenizerCodec:
             vocabulary[token] for token in special - markers if token in vocabulary
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For rollouts in other processes: without what is remembered, which cannot go there."""
+        return {name: value for name, value in vars(self).items() if name != "_encode"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In the other process: begin to remember anew."""
+        vars(self).update(state)
+        self._encode = lru_cache(_REMEMBERED)(self._encode_text)
+
     @property
     def context_length(self) -> int:
         """Most tokens that prompt and completion may have together."""
