@@ -44,7 +44,7 @@ from marft_graph.policy.chat import TokenizerCodec
 from marft_graph.policy.grammar import Grammars
 from marft_graph.policy.lora import BASE, AdapterValues, LoraLayers
 from marft_graph.policy.rows import Row, padded_ids, positions, seen
-from marft_graph.policy.segments import Segments, read_segments
+from marft_graph.policy.segments import Segments, hiding, read_segments
 from marft_graph.policy.sharding import ShardedLayers
 from marft_graph.policy.step import StepDecoder
 from marft_graph.ranks import Sharding
@@ -310,7 +310,7 @@ class Policy:
         """
         inputs.setdefault("use_cache", False)
         if is_seen_BTT is not None:
-            inputs["attention_mask"] = self._hiding(is_seen_BTT).unsqueeze(1)
+            inputs["attention_mask"] = hiding(is_seen_BTT, self.dtype).unsqueeze(1)
         states: Tensor = self._decoder(input_ids=ids_BT, **inputs).last_hidden_state
         return states
 
@@ -346,7 +346,7 @@ class Policy:
         rows = self._lora.current_rows
         is_seen_B1L = is_seen_BL.unsqueeze(1)
         if self._step is not None and rows is not None:
-            hidden_B1L = self._hiding(is_seen_B1L)
+            hidden_B1L = hiding(is_seen_B1L, self.dtype)
             return self._step(ids_B, position_B, hidden_B1L, cache, rows, beginning)
         return self.hidden(
             ids_B.unsqueeze(-1),
@@ -355,11 +355,6 @@ class Policy:
             past_key_values=cache,
             use_cache=True,
         )[:, -1]
-
-    def _hiding(self, is_seen: Tensor) -> Tensor:
-        """What is added to the scores; on CPU a mask of booleans costs half as much again."""
-        hidden = torch.zeros(is_seen.shape, dtype=self.dtype, device=is_seen.device)
-        return hidden.masked_fill_(~is_seen, torch.finfo(self.dtype).min)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits (N, V) of hidden states, scaled or capped as the model's config asks for."""

@@ -55,9 +55,7 @@ class Segments:
             queries, keys, is_seen = (
                 torch.from_numpy(x).to(device) for x in (query_MS, key_ML, is_seen_MSL)
             )
-            hidden = torch.zeros(is_seen.shape, dtype=dtype, device=device)
-            hidden.masked_fill_(~is_seen, torch.finfo(dtype).min)
-            self._products.append((queries, keys, hidden.unsqueeze(1)))
+            self._products.append((queries, keys, hiding(is_seen, dtype).unsqueeze(1)))
         self._place_T = torch.from_numpy(place_T).to(device)
         self.reads = 0
         """Layers that have asked so far."""
@@ -76,6 +74,12 @@ class Segments:
             answers.append(read.flatten(0, 1))
         whole = torch.cat(answers).index_select(0, self._place_T)
         return whole.view(batch, length, heads, size)
+
+
+def hiding(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores; on a CPU a mask of booleans would cost half as much again."""
+    hidden = torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device)
+    return hidden.masked_fill_(~is_seen, torch.finfo(dtype).min)
 
 
 def read_segments(model: PreTrainedModel, decoder: nn.Module) -> bool:
@@ -119,9 +123,7 @@ def _agrees(decoder: Any, layers: int) -> bool:
     rows = lay_out([tuple(min(i, most) for i in ids) for ids in ((1, 2, 3), (1, 2, 4, 5))], 16)
     inputs = {"input_ids": padded_ids(rows), "position_ids": positions(rows)}
     given = {name: torch.from_numpy(x).to(weight.device) for name, x in inputs.items()}
-    is_seen = torch.from_numpy(seen(rows)).unsqueeze(1).to(weight.device)
-    hidden = torch.zeros(is_seen.shape, dtype=weight.dtype, device=weight.device)
-    hidden.masked_fill_(~is_seen, torch.finfo(weight.dtype).min)
+    hidden = hiding(torch.from_numpy(seen(rows)).unsqueeze(1).to(weight.device), weight.dtype)
     segments = Segments(rows, weight.device, weight.dtype)
     theirs = decoder(**given, attention_mask=hidden, use_cache=False).last_hidden_state.float()
     try:
