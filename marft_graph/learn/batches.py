@@ -61,7 +61,7 @@ def microbatches(
     rows = lay_out(sequences, max_tokens, quadratic=quadratic)
     rows.sort(key=lambda row: (-row.length, row.members[0]))
     if any(len(row.members) > 1 for row in rows):
-        quadratic = 0.0  # attention is by `Segments`, whatever rows are padded to
+        quadratic = 0.0  # attention by `Segments` costs the same, whatever rows are padded to
     start = 0
     for end in _cuts([row.length for row in rows], max_tokens, quadratic):
         yield rows[start:end]

@@ -46,7 +46,8 @@ def lay_out(
 
     A sequence joins a row that begins alike where that saves work and the row has at most
     `max_tokens` then: its T own tokens cost T + `quadratic` * T * L, the latter for attention to
-    the L tokens of its path, of which a row with one sequence needs only half.
+    the L tokens of its path, of which a row with one sequence needs only half. Attention by a mask
+    costs more, for the few bases that need one.
 
     >>> [(row.members, row.ids) for row in lay_out([(1, 2, 3), (5, 6), (1, 2, 4)], 100)]
     [([0, 2], [1, 2, 3, 4]), ([1], [5, 6])]
