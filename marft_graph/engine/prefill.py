@@ -86,8 +86,15 @@ def _one_batch(policy: Policy, agent_rows: Sequence[tuple[str | None, Row]]) -> 
     row_M = [place for place, row in enumerate(rows) for _ in row.members]
     cache = DynamicCache(config=policy.config)
     with policy.using_rows([agent for agent, _ in agent_rows]):
-        hidden_BTH = policy.hidden_of(rows, past_key_values=cache, use_cache=True)
-        logits_MV = policy.logits(hidden_BTH[row_M, [int(path[-1]) for path in paths]])
+        last_M = torch.tensor([int(path[-1]) for path in paths], device=policy.device)
+        states_MH = policy.states_of(
+            rows,
+            torch.tensor(row_M, device=policy.device),
+            last_M,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits_MV = policy.logits(states_MH)
     return Prefilled(members, cache, row_M, paths, logits_MV, sum(row.length for row in rows))
 
 
@@ -110,17 +117,18 @@ def _continued(
         is_seen_MSL[place, :, :shared] = True
         paths.append(np.concatenate([np.arange(shared), past + np.arange(len(end))]))
     with policy.using_rows([prompts[index][0] for index, _, _ in items]):
-        hidden_MSH = policy.hidden(
+        last_M = torch.tensor([place * longest + len(end) - 1 for place, end in enumerate(ends)])
+        states_MH = policy.states(
             torch.from_numpy(ids_MS).to(device),
+            last_M.to(device),
             is_seen_BTT=torch.from_numpy(is_seen_MSL).to(device),
             position_ids=torch.from_numpy(position_MS).to(device),
             past_key_values=cache,
             use_cache=True,
         )
-        places = list(range(len(items)))
-        logits_MV = policy.logits(hidden_MSH[places, [len(end) - 1 for end in ends]])
+        logits_MV = policy.logits(states_MH)
     members = [index for index, _, _ in items]
-    return Prefilled(members, cache, places, paths, logits_MV, sum(map(len, ends)))
+    return Prefilled(members, cache, list(range(len(items))), paths, logits_MV, sum(map(len, ends)))
 
 
 def _past(policy: Policy, kept: Sequence[tuple[Kept, int]], longest: int) -> DynamicCache:

@@ -57,23 +57,22 @@ def dag_gae(
     floating = isinstance(values, Tensor) and values.is_floating_point()
     value_N = torch.as_tensor(values, dtype=None if floating else torch.float64).detach()
     _check_one_axis("values", value_N)
-    exact_N = value_N.double()
     advantages, returns = token_gae(
         rewards,
-        list(exact_N.unsqueeze(-1)),
+        [[value] for value in value_N.tolist()],
         parents,
         outcome,
         gamma=gamma,
         lam=lam,
     )
-    if not advantages:
-        return value_N.new_zeros(0), value_N.new_zeros(0)
-    return torch.cat(advantages).to(value_N.dtype), torch.cat(returns).to(value_N.dtype)
+    firsts = ([own[0] for own in each] for each in (advantages, returns))
+    advantage_N, return_N = (value_N.new_tensor(first) for first in firsts)
+    return advantage_N, return_N
 
 
 def token_gae(
     rewards: Sequence[float] | Tensor,
-    values: Sequence[Tensor],
+    values: Sequence[Sequence[float]],
     parents: Parents,
     outcome: float,
     *,
@@ -81,13 +80,13 @@ def token_gae(
     lam: float,
     gamma_token: float = 1.0,
     lam_token: float = 1.0,
-    token_rewards: Sequence[Tensor] | None = None,
-) -> tuple[list[Tensor], list[Tensor]]:
+    token_rewards: Sequence[Sequence[float]] | None = None,
+) -> tuple[list[list[float]], list[list[float]]]:
     """The same definition on the graph of tokens: advantages and returns of every token.
 
     A call is a chain of its tokens (discounted by `gamma_token`, `lam_token`); its last token leads
     to the first token of each child (discounted by `gamma`, `lam`). Linear in tokens: a call enters
-    its ancestors' sums as one number.
+    its ancestors' sums as one number. Plain numbers in and out: tensors of a few tokens cost more.
 
     Args:
         rewards: own reward of each call (N,), paid at its last token.
@@ -101,25 +100,24 @@ def token_gae(
         token_rewards: further rewards of single tokens, (T_i,) for each call, such as a KL penalty.
 
     Returns:
-        For each call advantages (T_i,) and returns (T_i,), in the dtype of its values.
+        For each call advantages (T_i,) and returns (T_i,).
 
     Raises:
         ValueError: lengths differ, a call has no token, or a parent does not come before its child.
     """
     _check(rewards, values, parents, token_rewards)
-    exact = [value.detach().double().cpu() for value in values]
-    first = [float(value[0]) for value in exact]
+    first = [own[0] for own in values]
     children = _children(parents)
     decay_token = gamma_token * lam_token
     # Inside a call all deltas but the last token's are the same whoever looks at it.
     inner = [
-        _inner_deltas(value, gamma_token, None if token_rewards is None else token_rewards[k])
-        for k, value in enumerate(exact)
+        _inner_deltas(own, gamma_token, None if token_rewards is None else token_rewards[k])
+        for k, own in enumerate(values)
     ]
-    ended = [_discounted_sum(delta, decay_token) for delta in inner]
+    ended = [_discounted_sums(deltas, decay_token) for deltas in inner]
     parents = [tuple(dict.fromkeys(own)) for own in parents]
     advantages, returns = [], []
-    for i in range(len(exact)):
+    for i in range(len(values)):
         members = _descendants(i, children)
         inside = set(members)
         parents_in = {k: [p for p in parents[k] if p in inside] for k in members}
@@ -142,17 +140,17 @@ def token_gae(
                 gamma
                 * lam
                 * sum(
-                    weight[p] * (1.0 if p == i else decay_token ** (len(exact[p]) - 1))
+                    weight[p] * (1.0 if p == i else decay_token ** (len(values[p]) - 1))
                     for p in parents_in[k]
                 )
                 / len(parents_in[k])
             )
-            after += weight[k] * (float(ended[k][0]) + decay_token ** (len(exact[k]) - 1) * bonus)
-        delta = inner[i].clone()
-        delta[-1] += last_delta + after
-        advantage = _discounted_sum(delta, decay_token)
-        advantages.append(advantage.to(values[i]))
-        returns.append((advantage + exact[i]).to(values[i]))
+            after += weight[k] * (ended[k][0] + decay_token ** (len(values[k]) - 1) * bonus)
+        deltas = inner[i].copy()
+        deltas[-1] += last_delta + after
+        own = _discounted_sums(deltas, decay_token)
+        advantages.append(own)
+        returns.append([a + value for a, value in zip(own, values[i], strict=True)])
     return advantages, returns
 
 
@@ -163,7 +161,7 @@ def call_returns(rewards: Sequence[float] | Tensor, parents: Parents, outcome: f
     >>> call_returns([1.0, 2.0, 4.0], [(), (0,), (0,)], 0.5).tolist()
     [7.5, 2.5, 4.5]
     """
-    _check(rewards, [torch.zeros(1)] * len(rewards), parents, None)
+    _check(rewards, [[0.0]] * len(rewards), parents, None)
     children = _children(parents)
     sums = [sum(float(rewards[k]) for k in _descendants(i, children)) for i in range(len(rewards))]
     return torch.tensor([total + outcome for total in sums], dtype=torch.float64)
@@ -214,20 +212,24 @@ def normalize(advantages_N: Tensor, epsilon: float = 1e-8) -> Tensor:
     return centred / (centred.square().mean().sqrt() + epsilon)
 
 
-def _inner_deltas(values_T: Tensor, gamma_token: float, rewards_T: Tensor | None) -> Tensor:
+def _inner_deltas(
+    values: Sequence[float], gamma_token: float, rewards: Sequence[float] | None
+) -> list[float]:
     """A call's TD errors, the last without what follows the call and without the call's reward."""
-    following_T = torch.cat([values_T[1:], values_T.new_zeros(1)])
-    delta_T = gamma_token * following_T - values_T
-    return delta_T if rewards_T is None else delta_T + rewards_T.detach().double().cpu()
+    following = [*values[1:], 0.0]
+    deltas = [gamma_token * after - value for value, after in zip(values, following, strict=True)]
+    if rewards is None:
+        return deltas
+    return [delta + reward for delta, reward in zip(deltas, rewards, strict=True)]
 
 
-def _discounted_sum(delta_T: Tensor, decay: float) -> Tensor:
+def _discounted_sums(deltas: Sequence[float], decay: float) -> list[float]:
     """sum over s >= t of decay^(s-t) delta_s, for each t."""
     total, sums = 0.0, []
-    for delta in reversed(delta_T.tolist()):
+    for delta in reversed(deltas):
         total = delta + decay * total
         sums.append(total)
-    return torch.tensor(sums[::-1], dtype=torch.float64)
+    return sums[::-1]
 
 
 def _children(parents: Parents) -> list[list[int]]:
@@ -256,9 +258,9 @@ def _check_one_axis(name: str, numbers: Tensor) -> None:
 
 def _check(
     rewards: Sequence[float] | Tensor,
-    values: Sequence[Tensor],
+    values: Sequence[Sequence[float]],
     parents: Parents,
-    token_rewards: Sequence[Tensor] | None,
+    token_rewards: Sequence[Sequence[float]] | None,
 ) -> None:
     if isinstance(rewards, Tensor):
         _check_one_axis("rewards", rewards)

@@ -38,10 +38,6 @@ class CallBatch:
     """The action tokens."""
     temperature_N: Tensor
 
-    def action_states(self, hidden_BTH: Tensor) -> Tensor:
-        """Hidden states (N, H) in which the action tokens were sampled."""
-        return hidden_BTH[self.row_N, self.state_N]
-
 
 def microbatches(
     calls: Sequence[Call], max_tokens: int, *, quadratic: float = 0.0
@@ -120,7 +116,7 @@ def score(
     allowed_NW = None
     if any(call.grammar for call in laid_out):
         allowed_NW = allowed_tokens(laid_out, policy.grammars).to(policy.device)
-    states_NH = inputs.action_states(policy.hidden_of(rows))
+    states_NH = policy.states_of(rows, inputs.row_N, inputs.state_N)
     logprobs_N, entropy_N = token_logprobs(
         states_NH,
         inputs.target_N,

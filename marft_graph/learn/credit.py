@@ -69,18 +69,21 @@ def assign_advantages(
     if settings.advantage == "group":
         _assign_group_advantages(episodes, batches, settings)
         return
+    plain = {agent: _Plain(batch, settings) for agent, batch in batches.items()}
     where = {
-        place: (batch, index)
-        for batch in batches.values()
+        place: (plain[agent], slice(*batch.offsets[index : index + 2]))
+        for agent, batch in batches.items()
         for index, place in enumerate(batch.place)
     }
     for e, episode in enumerate(episodes):
         own = [where[e, k] for k in range(len(episode.calls))]
         advantages, returns = _episode_gae(episode, own, settings)
-        for (batch, index), advantage, target in zip(own, advantages, returns, strict=True):
-            span = slice(batch.offsets[index], batch.offsets[index + 1])
-            batch.advantages_N[span] = advantage
-            batch.returns_N[span] = target
+        for (numbers, span), advantage, target in zip(own, advantages, returns, strict=True):
+            numbers.advantages[span] = advantage
+            numbers.returns[span] = target
+    for agent, batch in batches.items():
+        batch.advantages_N = torch.tensor(plain[agent].advantages)
+        batch.returns_N = torch.tensor(plain[agent].returns)
     if settings.normalize_advantages:
         for batch in batches.values():
             if settings.level == "token":
@@ -90,30 +93,45 @@ def assign_advantages(
                 batch.advantages_N = _spread(per_call, batch.offsets)
 
 
+class _Plain:
+    """What GAE reads of a batch, and where its results go: lists, as calls have few tokens each."""
+
+    def __init__(self, batch: AgentBatch, settings: TrainConfig) -> None:
+        count = batch.offsets[-1]
+        self.values: list[float] = batch.old_values_N.tolist()
+        self.penalties: list[float] | None = None
+        """Of the KL to the base, where that is a reward."""
+        if settings.kl_in == "reward":
+            kl_N = batch.old_logprobs_N - batch.ref_logprobs_N
+            self.penalties = (-settings.kl_coef * kl_N).tolist()
+        self.advantages = [0.0] * count
+        self.returns = [0.0] * count
+
+
 def _episode_gae(
-    episode: Episode, own: Sequence[tuple[AgentBatch, int]], settings: TrainConfig
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Advantages and value targets of an episode's calls, per token or one for each call."""
-    spans = [slice(batch.offsets[i], batch.offsets[i + 1]) for batch, i in own]
-    values = [batch.old_values_N[s] for (batch, _), s in zip(own, spans, strict=True)]
-    penalties = [
-        -settings.kl_coef * (batch.old_logprobs_N[s] - batch.ref_logprobs_N[s])
-        for (batch, _), s in zip(own, spans, strict=True)
-    ]
+    episode: Episode, own: Sequence[tuple[_Plain, slice]], settings: TrainConfig
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Advantages and value targets of the tokens of an episode's calls."""
+    values = [numbers.values[span] for numbers, span in own]
+    penalties = [numbers.penalties[span] for numbers, span in own if numbers.penalties is not None]
     parents = [call.parents for call in episode.calls]
     rewards = [call.reward for call in episode.calls]
     if settings.level == "action":
-        if settings.kl_in == "reward":
-            rewards = [r + float(p.sum()) for r, p in zip(rewards, penalties, strict=True)]
-        advantages, returns = dag_gae(
+        if penalties:
+            rewards = [r + sum(p) for r, p in zip(rewards, penalties, strict=True)]
+        per_call = dag_gae(
             rewards,
-            torch.stack([value[0] for value in values]) if values else torch.zeros(0),
+            [value[0] for value in values],
             parents,
             episode.outcome_reward,
             gamma=settings.gamma,
             lam=settings.lam,
         )
-        return list(advantages), list(returns)
+        advantages, returns = (
+            [[x] * len(value) for x, value in zip(each.tolist(), values, strict=True)]
+            for each in per_call
+        )
+        return advantages, returns
     return token_gae(
         rewards,
         values,
@@ -123,7 +141,7 @@ def _episode_gae(
         lam=settings.lam,
         gamma_token=settings.gamma_token,
         lam_token=settings.lam_token,
-        token_rewards=penalties if settings.kl_in == "reward" else None,
+        token_rewards=penalties or None,
     )
 
 

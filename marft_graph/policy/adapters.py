@@ -42,6 +42,7 @@ from marft_graph.errors import ConfigError, ModelError
 from marft_graph.policy.beginning import SharedBeginning
 from marft_graph.policy.chat import TokenizerCodec
 from marft_graph.policy.grammar import Grammars
+from marft_graph.policy.last_layer import narrow_last_layer
 from marft_graph.policy.lora import BASE, AdapterValues, LoraLayers
 from marft_graph.policy.rows import Row, padded_ids, positions, seen
 from marft_graph.policy.segments import Segments, hiding, read_segments
@@ -89,6 +90,7 @@ class Policy:
         self._check_head(base)
         self.reads_segments = read_segments(base, self._decoder)
         """Whether tokens of shared rows meet their own sequences alone; else there is a mask."""
+        self._narrows = narrow_last_layer(self._decoder)
 
     @classmethod
     def load(
@@ -314,20 +316,31 @@ class Policy:
         states: Tensor = self._decoder(input_ids=ids_BT, **inputs).last_hidden_state
         return states
 
-    def hidden_of(self, rows: Sequence[Row], **inputs: Any) -> Tensor:
-        """Last hidden states (B, T, H) of rows of sequences, under the adapters now in use.
+    def states(self, ids_BT: Tensor, place_N: Tensor, **inputs: Any) -> Tensor:
+        """Last hidden states (N, H) at some places among all B * T tokens; as `hidden` otherwise.
 
-        T is the length of the longest row; the states of shorter ones' padding mean nothing.
+        What others are not asked for is not computed, where the base lets that be.
         """
+        rows = self._lora.current_rows  # a token that was picked out has no row of its own
+        is_one = rows is None or (rows.only is not None and not self._lora.is_shared_state)
+        if not (self._narrows and is_one):
+            return self.hidden(ids_BT, **inputs).flatten(0, 1)[place_N]
+        wanted, found_N = torch.unique(place_N, return_inverse=True)
+        return self.hidden(ids_BT, wanted=wanted, **inputs)[0, found_N]
+
+    def states_of(
+        self, rows: Sequence[Row], row_N: Tensor, column_N: Tensor, **inputs: Any
+    ) -> Tensor:
+        """Last hidden states (N, H) at some columns of rows, under the adapters now in use."""
         ids_BT = torch.from_numpy(padded_ids(rows)).to(self.device)
-        if all(len(row.members) == 1 for row in rows):
-            return self.hidden(ids_BT, **inputs)
-        inputs["position_ids"] = torch.from_numpy(positions(rows)).to(self.device)
-        if self.reads_segments:
-            inputs["segments"] = Segments(rows, self.device, self.dtype)
-            return self.hidden(ids_BT, **inputs)
-        is_seen_BTT = torch.from_numpy(seen(rows)).to(self.device)
-        return self.hidden(ids_BT, is_seen_BTT=is_seen_BTT, **inputs)
+        place_N = row_N * ids_BT.shape[1] + column_N
+        if any(len(row.members) > 1 for row in rows):
+            inputs["position_ids"] = torch.from_numpy(positions(rows)).to(self.device)
+            if self.reads_segments:
+                inputs["segments"] = Segments(rows, self.device, self.dtype)
+            else:
+                inputs["is_seen_BTT"] = torch.from_numpy(seen(rows)).to(self.device)
+        return self.states(ids_BT, place_N, **inputs)
 
     def step(
         self,

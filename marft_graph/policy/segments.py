@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from marft_graph.policy.attention import attend
 from marft_graph.policy.rows import Row, lay_out, padded_ids, positions, seen
 
 logger = logging.getLogger(__name__)
@@ -60,20 +61,17 @@ class Segments:
         self.reads = 0
         """Layers that have asked so far."""
 
-    def attend(
-        self, module: nn.Module, q_BHTS: Tensor, k_BKTS: Tensor, v_BKTS: Tensor, **options: Any
-    ) -> Tensor:
-        """What all tokens read (B, T, H, S); `module` and `options` are for transformers' SDPA."""
+    def attend(self, q_BHTS: Tensor, k_BKTS: Tensor, v_BKTS: Tensor, scale: float) -> Tensor:
+        """What all tokens read (B, T, H, S)."""
         self.reads += 1
-        batch, heads, length, size = q_BHTS.shape
+        batch, heads, length, _ = q_BHTS.shape
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTS, k_BKTS, v_BKTS))
         answers = []
         for query_MS, key_ML, hidden_M1SL in self._products:
             own = _taken(q, query_MS), _taken(k, key_ML), _taken(v, key_ML)
-            read, _ = sdpa_attention_forward(module, *own, hidden_M1SL, **options)
-            answers.append(read.flatten(0, 1))
+            answers.append(attend(*own, hidden_M1SL, scale).transpose(1, 2).flatten(0, 1))
         whole = torch.cat(answers).index_select(0, self._place_T)
-        return whole.view(batch, length, heads, size)
+        return whole.view(batch, length, heads, -1)
 
 
 def hiding(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,12 +101,16 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     segments: Segments | None = None,
+    scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' SDPA, which also takes `segments` in place of a mask."""
     if segments is not None:
-        return segments.attend(module, query, key, value, **options), None
-    output: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        return segments.attend(query, key, value, scale), None
+    output: Tensor = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **options
+    )[0]
     return output, None
 
 

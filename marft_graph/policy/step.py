@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from marft_graph.policy.attention import attend
 from marft_graph.policy.beginning import SharedBeginning
 from marft_graph.policy.lora import BASE, LoraLayers, RowAdapters, Rows, base_layer, is_plain
 
@@ -150,20 +151,13 @@ class _Layer:
         q, k = turned[:, :queries], turned[:, queries:]
         v = heads[:, queries + keys :]
         seen_k, seen_v = cache.update(k.unsqueeze(2), v.unsqueeze(2), number)
-        # Queries that share a key head stand side by side: no key is copied for them.
-        q_BKGS = q.reshape(batch, keys, queries // keys, self._size)
         scale = layer.self_attn.scaling
         if beginning is None:
-            mixed_BKGS = functional.scaled_dot_product_attention(
-                q_BKGS,
-                seen_k,
-                seen_v,
-                attn_mask=hidden_B1L.unsqueeze(1).expand(-1, 1, queries // keys, -1),
-                scale=scale,
-            )
+            mixed = attend(q.unsqueeze(2), seen_k, seen_v, hidden_B1L.unsqueeze(1), scale)
         else:
-            mixed_BKGS = beginning.attend(number, q_BKGS, seen_k, seen_v, hidden_B1L, scale)
-        mixed = mixed_BKGS.reshape(batch, queries * self._size)
+            q_BKGS = q.reshape(batch, keys, queries // keys, self._size)
+            mixed = beginning.attend(number, q_BKGS, seen_k, seen_v, hidden_B1L, scale)
+        mixed = mixed.reshape(batch, queries * self._size)
         x_BH = x_BH + self._out(mixed[rows.order_B] if is_turned else mixed, rows)
         gate, up = self._gate_up(x_BH, rows).chunk(2, -1)
         return x_BH + self._down(layer.mlp.act_fn(gate) * up, rows)

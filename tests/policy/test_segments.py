@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from marft_graph.policy import adapters
 from marft_graph.policy.adapters import Policy
@@ -21,14 +21,6 @@ SIZE = 4
 sequences = st.lists(
     st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tuple), min_size=1, max_size=12
 )
-
-
-class Grouped(nn.Module):
-    """What transformers' attention asks of a layer."""
-
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.num_key_value_groups = groups
 
 
 def by_mask(q: Tensor, k: Tensor, v: Tensor, rows: list[Row]) -> Tensor:
@@ -53,7 +45,7 @@ def test_tokens_read_what_a_mask_over_the_row_lets_them_read(
     for number, row in enumerate(rows):
         weight[number, row.length :] = 0  # padding means nothing
     segments = Segments(rows, CPU, torch.float64)
-    ours = segments.attend(Grouped(groups), *inputs, scaling=SIZE**-0.5) * weight
+    ours = segments.attend(*inputs, SIZE**-0.5) * weight
     theirs = by_mask(*inputs, rows) * weight
     torch.testing.assert_close(ours, theirs)
     own = torch.autograd.grad(ours.sum(), inputs)
@@ -73,8 +65,10 @@ def test_answers_to_one_prompt_are_not_scored_against_each_other() -> None:
 def states(policy: Policy, rows: list[Row]) -> list[Tensor]:
     """The states of rows' tokens without their padding."""
     with torch.no_grad(), policy.using("a"):
-        hidden_BTH = policy.hidden_of(rows)
-    return [hidden_TH[: row.length] for hidden_TH, row in zip(hidden_BTH, rows, strict=True)]
+        return [
+            policy.states_of(rows, torch.full((row.length,), place), torch.arange(row.length))
+            for place, row in enumerate(rows)
+        ]
 
 
 def test_a_model_without_segments_takes_a_mask(
