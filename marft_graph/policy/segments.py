@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from marft_graph.policy.attention import attend
+from marft_graph.policy.attention import attend, for_sharing
 from marft_graph.policy.rows import Row, lay_out, padded_ids, positions, seen
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,10 @@ class Segments:
     def __init__(self, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> None:
         length = max(row.length for row in rows)
         place_T = np.zeros(len(rows) * length, dtype=np.int64)  # padding may take any answer
-        self._products: list[tuple[Tensor, Tensor, Tensor]] = []
-        """Queries (M, S) and keys (M, L) of each product, and what is added to their scores."""
+        self._products: list[tuple[Tensor, Tensor]] = []
+        """Queries (M, S) and keys (M, L) of each product."""
+        self._hidden: dict[int, list[Tensor]] = {1: []}
+        """What is added to the scores of each, by the number of queries that share a key head."""
         answers = 0
         for part in _products(_segments(rows, length)):
             query_MS, key_ML, is_seen_MSL = _padded(part)
@@ -56,7 +58,8 @@ class Segments:
             queries, keys, is_seen = (
                 torch.from_numpy(x).to(device) for x in (query_MS, key_ML, is_seen_MSL)
             )
-            self._products.append((queries, keys, hiding(is_seen, dtype).unsqueeze(1)))
+            self._products.append((queries, keys))
+            self._hidden[1].append(hiding(is_seen, dtype).unsqueeze(1))
         self._place_T = torch.from_numpy(place_T).to(device)
         self.reads = 0
         """Layers that have asked so far."""
@@ -66,10 +69,13 @@ class Segments:
         self.reads += 1
         batch, heads, length, _ = q_BHTS.shape
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTS, k_BKTS, v_BKTS))
+        shared = heads // k.shape[1]
+        if shared not in self._hidden:
+            self._hidden[shared] = [for_sharing(hidden, shared) for hidden in self._hidden[1]]
         answers = []
-        for query_MS, key_ML, hidden_M1SL in self._products:
+        for (query_MS, key_ML), hidden in zip(self._products, self._hidden[shared], strict=True):
             own = _taken(q, query_MS), _taken(k, key_ML), _taken(v, key_ML)
-            answers.append(attend(*own, hidden_M1SL, scale).transpose(1, 2).flatten(0, 1))
+            answers.append(attend(*own, hidden, scale).transpose(1, 2).flatten(0, 1))
         whole = torch.cat(answers).index_select(0, self._place_T)
         return whole.view(batch, length, heads, -1)
 

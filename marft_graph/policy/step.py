@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from marft_graph.policy.attention import attend
+from marft_graph.policy.attention import attend, for_sharing
 from marft_graph.policy.beginning import SharedBeginning
 from marft_graph.policy.lora import BASE, LoraLayers, RowAdapters, Rows, base_layer, is_plain
 
@@ -153,7 +153,8 @@ class _Layer:
         seen_k, seen_v = cache.update(k.unsqueeze(2), v.unsqueeze(2), number)
         scale = layer.self_attn.scaling
         if beginning is None:
-            mixed = attend(q.unsqueeze(2), seen_k, seen_v, hidden_B1L.unsqueeze(1), scale)
+            hidden = for_sharing(hidden_B1L.unsqueeze(1), queries // keys)
+            mixed = attend(q.unsqueeze(2), seen_k, seen_v, hidden, scale)
         else:
             q_BKGS = q.reshape(batch, keys, queries // keys, self._size)
             mixed = beginning.attend(number, q_BKGS, seen_k, seen_v, hidden_B1L, scale)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from marft_graph.policy import attention
-from marft_graph.policy.attention import attend
+from marft_graph.policy.attention import attend, for_sharing
 
 
 def by_formula(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> Tensor:
@@ -28,7 +28,7 @@ def test_what_is_read_and_its_gradients(
     k, v = (torch.randn(3, 2, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     hidden = torch.where(torch.rand(3, 1, tokens, 7) < 0.3, -1e9, 0.0).double()
     hidden[..., 0] = 0
-    ours = attend(q, k, v, hidden, 0.3)
+    ours = attend(q, k, v, for_sharing(hidden, heads // 2), 0.3)
     theirs = by_formula(q, k, v, hidden, 0.3)
     torch.testing.assert_close(ours, theirs)
     own = torch.autograd.grad(ours.square().sum(), (q, k, v))

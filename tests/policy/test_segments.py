@@ -57,7 +57,7 @@ def test_answers_to_one_prompt_are_not_scored_against_each_other() -> None:
     prompt = tuple(range(100))
     rows = lay_out([(*prompt, *range(100 + 50 * i, 150 + 50 * i)) for i in range(8)], 1000)
     segments = Segments(rows, CPU, torch.float32)
-    scores = sum(hidden.numel() for _, _, hidden in segments._products)
+    scores = sum(hidden.numel() for hidden in segments._hidden[1])
     assert rows[0].length == 500
     assert scores < 500 * 500 / 2
 
