@@ -7,6 +7,7 @@ up. One process is the same with nothing to exchange.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -18,19 +19,26 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    FullyShardedDataParallelPlugin,
+    parse_flag_from_env,
+    patch_environment,
+)
 from torch import Tensor, nn
 
 from marft_graph.config import TrainConfig
 from marft_graph.errors import CheckpointError, ConfigError, DistributedError, MarftError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)
 """How long a process waits for the others, who may have the longer episodes."""
 
 
+_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 _OTHERS = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
@@ -39,7 +47,7 @@ _OTHERS = {
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """How accelerate's settings divide the frozen base among the processes (FSDP2)."""
+    """How accelerate's settings divide the frozen base among the processes (by FSDP2)."""
 
     device: torch.device
     """Where this process computes."""
@@ -48,7 +56,8 @@ class Sharding:
     is_resharded: bool
     """Whether a layer's weights go again once it has run forward (`fsdp_reshard_after_forward`)."""
     is_offloaded: bool
-    """Whether a process keeps its part in host memory (`fsdp_offload_params`)."""
+    """Whether a process keeps its part in host memory (`fsdp_offload_params`, or DeepSpeed's
+    `offload_param_device`)."""
 
 
 class Ranks:
@@ -62,7 +71,8 @@ class Ranks:
         _refuse_others()
         # Only when it is told so does accelerate connect processes that have no accelerator.
         on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-        state = PartialState(cpu=on_cpu, timeout=_PATIENCE)
+        with patch_environment(**{_DEEPSPEED: "false"}):  # its engine is not used: see `_zero`
+            state = PartialState(cpu=on_cpu, timeout=_PATIENCE)
         self.index: int = state.process_index
         self.count: int = state.num_processes
         self._device = state.device
@@ -177,7 +187,8 @@ def check_ranks(ranks: Ranks, config: TrainConfig) -> None:
         )
     if ranks.sharding is not None and config.quantization != "none":
         raise ConfigError(
-            f"quantization is {config.quantization}, and FSDP shards the base; use one of the two"
+            f"quantization is {config.quantization}, and the base is divided among processes "
+            "(FSDP, or ZeRO stage 3); use one of the two"
         )
 
 
@@ -188,16 +199,18 @@ def _refuse_others() -> None:
                 f"accelerate's settings ask for {name}, which marft-graph does not use: only the "
                 "adapters have gradients and optimizer states, and they are small. Use "
                 "distributed_type MULTI_GPU, or, to divide the base's weights among the "
-                "processes, FSDP with fsdp_version 2 (docs/several_gpus.md)"
+                "processes, FSDP with fsdp_version 2 or DeepSpeed (docs/several_gpus.md)"
             )
 
 
 def _sharding(device: torch.device, count: int) -> Sharding | None:
-    """What accelerate's FSDP settings say.
+    """What accelerate's settings of FSDP or DeepSpeed say.
 
     Raises:
         ConfigError: they ask for what is not supported.
     """
+    if parse_flag_from_env(_DEEPSPEED):
+        return _zero(device, count)
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
     # Each process loads the base itself; the plugin tells transformers so by its variable.
@@ -238,3 +251,30 @@ def own_folder(ranks: Ranks, run_dir: str | Path | None, *, resume: bool) -> str
             run_dir, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.lock", "traces")
         )
     return folder
+
+
+def _zero(device: torch.device, count: int) -> Sharding | None:
+    """What DeepSpeed's settings divide: its ZeRO stage 3 the base, lower ones nothing of size.
+
+    DeepSpeed's engine owns one model, one optimizer and the backward pass; here every agent has an
+    optimizer of its own, and passes go past the model's head. FSDP2 divides weights as stage 3
+    does. Stages 1 and 2 divide optimizer states and gradients, which only adapters have: each
+    process keeps its own.
+
+    Raises:
+        ConfigError: the settings cannot be read, or weights are to be offloaded to a disk.
+    """
+    try:
+        plugin = DeepSpeedPlugin(zero3_init_flag=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"accelerate's settings of DeepSpeed: {error}") from error
+    offload = str(plugin.offload_param_device)
+    if int(plugin.zero_stage) < 3:
+        logger.info("ZeRO stage %s: adapters and their optimizers stay whole", plugin.zero_stage)
+        return None
+    if offload not in ("none", "None", "cpu"):
+        raise ConfigError(
+            f"DeepSpeed's settings have offload_param_device {offload!r}; it must be none or cpu"
+        )
+    logger.info("ZeRO stage 3: the base's layers are divided by FSDP2")
+    return Sharding(device, count, is_resharded=True, is_offloaded=offload == "cpu")

@@ -56,7 +56,7 @@ atexit.register(tell)
 )
 
 
-def launch(folder: Path, config: Path | None, given: dict[str, Any]) -> str:
+def launch(folder: Path, config: Path | None, given: dict[str, Any], **env: str) -> str:
     """Train in one process, or as `accelerate launch` does with a config file; what it printed."""
     script = folder / "script.py"
     script.write_text(WATCHED, encoding="utf-8")
@@ -67,7 +67,7 @@ def launch(folder: Path, config: Path | None, given: dict[str, Any]) -> str:
     launcher += ["--main_process_port", str(port), "--num_cpu_threads_per_process", "1"]
     done = subprocess.run(
         [sys.executable, *(launcher if config else []), script, json.dumps(given)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -130,6 +130,19 @@ def test_accelerate_launch_trains_what_one_process_trains(
     for rank in (0, 1):
         assert held(run, rank, "step") == [0.5 if config == "fsdp.yaml" else 1.0] * steps
         assert held(run, rank, "rollout") == [1.0] * ROLLOUTS  # decoding takes whole layers
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_zero_stage_3_divides_the_layers(tmp_path: Path, tiny_model: Path, alone: Path) -> None:
+    run = tmp_path / "run"
+    given = {"settings": SETTINGS, "base_model": str(tiny_model), "run_dir": str(run)}
+    # What accelerate's launcher sets for deepspeed.yaml; it wants DeepSpeed's package for that.
+    zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    launch(tmp_path, CONFIGS / "ddp.yaml", given, **zero)
+    one, two = adapters(alone), adapters(run)
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-6
+    assert held(run, 0, "step") == held(run, 1, "step") == [0.5] * 8
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,6 @@ def test_a_decoder_without_layers_is_refused() -> None:
 @pytest.mark.parametrize(
     ("variable", "name"),
     [
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "parallelism_config"),
     ],
@@ -146,7 +146,9 @@ def test_what_is_not_used_is_refused_with_what_to_use(
     monkeypatch: pytest.MonkeyPatch, variable: str, name: str
 ) -> None:
     monkeypatch.setenv(variable, "true")
-    with pytest.raises(ConfigError, match=rf"ask for .*{name}.*FSDP with fsdp_version 2"):
+    with pytest.raises(
+        ConfigError, match=rf"ask for .*{name}.*FSDP with fsdp_version 2 or DeepSpeed"
+    ):
         Ranks()
 
 
@@ -168,6 +170,42 @@ def test_settings_of_fsdp_that_are_not_supported_are_refused(
         ranks_module._sharding(torch.device("cpu"), 2)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"ZERO_STAGE": "1"}, None),
+        ({}, None),  # accelerate's default is stage 2
+        ({"ZERO_STAGE": "3"}, (True, False)),
+        ({"ZERO_STAGE": "3", "OFFLOAD_PARAM_DEVICE": "cpu"}, (True, True)),
+    ],
+)
+def test_only_stage_3_of_deepspeed_divides_the_base(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: tuple[bool, bool] | None
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for name, value in given.items():
+        monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name}", value)
+    found = ranks_module._sharding(torch.device("cpu"), 2)
+    assert (found and (found.is_resharded, found.is_offloaded)) == expected
+    alone = Ranks()  # DeepSpeed's package is not needed
+    assert (alone.count, alone.sharding) == (1, None)
+
+
+def test_a_deepspeed_configuration_of_its_own_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    zero = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nvme"}}
+    own = tmp_path / "zero3.json"
+    own.write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(own))
+    with pytest.raises(ConfigError, match="offload_param_device 'nvme'; it must be none or cpu"):
+        ranks_module._sharding(torch.device("cpu"), 2)
+    own.write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match="settings of DeepSpeed: "):
+        ranks_module._sharding(torch.device("cpu"), 2)
+
+
 def test_the_settings_of_fsdp_are_accelerates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     assert ranks_module._sharding(torch.device("cpu"), 2) is None
@@ -183,7 +221,7 @@ def test_a_quantized_base_is_not_sharded() -> None:
     config = TrainConfig(base_model="m", quantization="4bit")
     check_ranks(ranks, config)
     ranks.sharding = ALONE
-    with pytest.raises(ConfigError, match="quantization is 4bit, and FSDP shards the base"):
+    with pytest.raises(ConfigError, match="quantization is 4bit, and the base is divided"):
         check_ranks(ranks, config)
 
 
