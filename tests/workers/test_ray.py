@@ -215,7 +215,8 @@ def test_a_node_that_goes_away_loses_no_episode(
     try:
         crew.publish(1)
         found = rollout(crew)
-        assert crew.stats()["workers_lost"] == 1
+        # Two where Ray places the new worker on the node before it knows that this one is dead.
+        assert 1 <= crew.stats()["workers_lost"] <= 2
     finally:
         crew.close()
         remover.join(WAIT)
