@@ -232,27 +232,6 @@ def _sharding(device: torch.device, count: int) -> Sharding | None:
     )
 
 
-def own_folder(ranks: Ranks, run_dir: str | Path | None, *, resume: bool) -> str | Path | None:
-    """The folder that this process writes to: the run's, or a temporary one, to resume a copy.
-
-    Raises:
-        CheckpointError: there is nothing to resume that this process can see.
-    """
-    if ranks.is_main:
-        return run_dir
-    folder = Path(tempfile.mkdtemp(prefix=f"marft-rank-{ranks.index}-"))
-    if resume:
-        if run_dir is None or not Path(run_dir).is_dir():
-            raise CheckpointError(
-                f"nothing to resume: process {ranks.index} sees no folder {run_dir}; several "
-                "machines need a file system that they share"
-            )
-        shutil.copytree(
-            run_dir, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.lock", "traces")
-        )
-    return folder
-
-
 def _zero(device: torch.device, count: int) -> Sharding | None:
     """What DeepSpeed's settings divide: its ZeRO stage 3 the base, lower ones nothing of size.
 
@@ -278,3 +257,24 @@ def _zero(device: torch.device, count: int) -> Sharding | None:
         )
     logger.info("ZeRO stage 3: the base's layers are divided by FSDP2")
     return Sharding(device, count, is_resharded=True, is_offloaded=offload == "cpu")
+
+
+def own_folder(ranks: Ranks, run_dir: str | Path | None, *, resume: bool) -> str | Path | None:
+    """The folder that this process writes to: the run's, or a temporary one, to resume a copy.
+
+    Raises:
+        CheckpointError: there is nothing to resume that this process can see.
+    """
+    if ranks.is_main:
+        return run_dir
+    folder = Path(tempfile.mkdtemp(prefix=f"marft-rank-{ranks.index}-"))
+    if resume:
+        if run_dir is None or not Path(run_dir).is_dir():
+            raise CheckpointError(
+                f"nothing to resume: process {ranks.index} sees no folder {run_dir}; several "
+                "machines need a file system that they share"
+            )
+        shutil.copytree(
+            run_dir, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.lock", "traces")
+        )
+    return folder
