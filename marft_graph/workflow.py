@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-import json
 import os
-import sys
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +12,11 @@ from typing import Any
 from langgraph.graph import StateGraph
 from langgraph.pregel import Pregel
 
+from marft_graph.apps.factories import graph_from
+from marft_graph.apps.importing import import_problem, load_module
+from marft_graph.apps.langgraph_json import read_langgraph_json
 from marft_graph.config import read_yaml
 from marft_graph.errors import GraphError, WorkflowError
-from marft_graph.graph.compile import as_compiled
 from marft_graph.rollout.rewards import as_reward_function
 
 
@@ -62,32 +59,7 @@ def load_target(target: str) -> Workflow:
         return _load_langgraph_json(path, name)
     if path.suffix != ".py":
         raise WorkflowError(f"{place} is neither a Python file nor a langgraph.json")
-    return Workflow(path.stem, path, _variable(path, name or "graph"))
-
-
-def load_module(path: Path) -> ModuleType:
-    """Import a Python file by its path, its folder on sys.path as when it is run.
-
-    Raises:
-        WorkflowError: the file cannot be imported; the message has its line and the cause.
-    """
-    name = f"marft_workflow_{path.resolve().parent.name}_{path.stem}_{abs(hash(path.resolve()))}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise WorkflowError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        sys.modules.pop(name, None)
-        if not isinstance(error, Exception | SystemExit):
-            raise
-        raise WorkflowError(_import_problem(path, error)) from error
-    return module
+    return Workflow(path.stem, path, _graph_in(load_module(path), name or "graph", path))
 
 
 def _load_folder(path: Path) -> Workflow:
@@ -97,7 +69,7 @@ def _load_folder(path: Path) -> Workflow:
         base = place.get("base_model") if isinstance(place, dict) else None
         if isinstance(base, str) and (path / base).is_dir():
             place["base_model"] = str((path / base).resolve())
-    graph = _variable(path / "graph.py", "graph")
+    graph = _graph_in(load_module(path / "graph.py"), "graph", path / "graph.py")
     task = load_module(path / "task.py") if (path / "task.py").is_file() else None
     functions = {}
     for name in ("load_data", "reward", "inputs"):
@@ -111,85 +83,37 @@ def _load_folder(path: Path) -> Workflow:
 
 
 def _load_langgraph_json(path: Path, name: str) -> Workflow:
-    try:
-        graphs = json.loads(path.read_text(encoding="utf-8"))["graphs"]
-        entries = {
-            key: str(value if isinstance(value, str) else value["path"])
-            for key, value in graphs.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WorkflowError(
-            f'{path} must hold {{"graphs": {{"name": "./file.py:variable"}}}}: {error!r}'
-        ) from error
-    if name and name not in entries:
-        raise WorkflowError(f"{path} has no graph {name!r}; it has {', '.join(entries)}")
-    if not name and len(entries) != 1:
-        raise WorkflowError(
-            f"{path} has {len(entries)} graphs; say which: "
-            + ", ".join(f"{path}:{entry}" for entry in entries)
-        )
-    name = name or next(iter(entries))
-    file, _, variable = entries[name].rpartition(":")
-    if not file:
-        raise WorkflowError(
-            f"{path}: graph {name!r} is {entries[name]!r}; it must be file.py:variable"
-        )
-    source = path.parent / file
-    if not source.is_file():
-        raise WorkflowError(f"{path}: graph {name!r} names {file}, which does not exist")
-    return Workflow(name, path, _variable(source, variable, named_in=path))
+    described = read_langgraph_json(path)
+    name, place, variable = described.entry_of(name)
+    described.set_environment()
+    module = described.module_of(name, place)
+    return Workflow(name, path, _graph_in(module, variable, place, named_in=path))
 
 
-def _variable(path: Path, name: str, named_in: Path | None = None) -> Any:
-    """The graph in a variable, or made by a function without arguments."""
-    module = load_module(path)
-    where = f"{path}"
+def _graph_in(
+    module: ModuleType, name: str, place: Path | str, named_in: Path | None = None
+) -> Any:
+    """The graph in a module's variable, or what it makes."""
+    where = f"{place}"
     if named_in is not None:
         where += f" (named in {named_in}{_line_with(named_in, f':{name}')})"
     if not hasattr(module, name):
         graphs = [k for k, v in vars(module).items() if isinstance(v, Pregel | StateGraph)]
-        found = f"its graphs are: {', '.join(graphs)}" if graphs else "it has no graph"
-        raise WorkflowError(f"{where} has no variable {name!r}; {found}")
+        there = f"its graphs are: {', '.join(graphs)}" if graphs else "it has no graph"
+        raise WorkflowError(f"{where} has no variable {name!r}; {there}")
+    file = Path(module.__file__ or str(place))
     value = getattr(module, name)
-    if isinstance(value, StateGraph):
-        try:
-            return as_compiled(value)
-        except GraphError as error:
-            raise WorkflowError(f"{path}{_line_with(path, f'{name} = ')}: {error}") from error
-    if isinstance(value, Pregel) or not callable(value):
-        return value
     try:
-        parameters = inspect.signature(value).parameters.values()
-    except ValueError as error:
-        raise WorkflowError(f"{where}: {name} is no graph, and makes none: {error}") from error
-    needed = [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    if len(needed) > 1:
-        raise WorkflowError(f"{where}: {name} needs arguments {needed}; it may take a config only")
-    try:
-        return value({}) if needed else value()
+        return graph_from(value)
+    except GraphError as error:
+        raise WorkflowError(f"{file}{_line_with(file, f'{name} = ')}: {error}") from error
+    except WorkflowError as error:
+        raise WorkflowError(f"{where}: {name} {error}") from error
     except (Exception, SystemExit) as error:
-        raise WorkflowError(_import_problem(path, error)) from error
+        raise WorkflowError(import_problem(file, error)) from error
 
 
 def _line_with(path: Path, text: str) -> str:
     """`, line N` of the first line of a file that has a text; empty where none has."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return next((f", line {n}" for n, line in enumerate(lines, 1) if text in line), "")
-
-
-def _import_problem(path: Path, error: BaseException) -> str:
-    """File, line and cause of an exception that the user's file raised."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename or path}, line {error.lineno}: {error.msg}"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).resolve() == path.resolve()]
-    line = f", line {own[-1].lineno}" if own else ""
-    text = f"{path}{line}: {type(error).__name__}: {error}"
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0].replace("_", "-")
-        text += f" (try: pip install {package})"
-    return text
