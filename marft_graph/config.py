@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
+from marft_graph.episode import LARGEST_REWARD
 from marft_graph.errors import ConfigError
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -426,6 +427,7 @@ class TrainConfig:
                 f"importance_cap is none, with staleness {self.staleness}; what older weights "
                 f"sampled must be weighed: leave it out ({_STALE_CAP:g}), or give a number"
             )
+        _check_learning(self)
         if self.memory_gib is not None and self.microbatch_tokens is not None:
             raise ConfigError(
                 f"memory_gib is {self.memory_gib:g}, and microbatch_tokens {self.microbatch_tokens}"
@@ -494,7 +496,7 @@ def fault_rewards_of(entries: tuple[str, ...]) -> dict[str, float]:
             number = float(value)
         except ValueError:
             number = math.nan
-        if not name.strip().isidentifier() or not math.isfinite(number):
+        if not name.strip().isidentifier() or not abs(number) <= LARGEST_REWARD:
             raise ConfigError(
                 f"fault_rewards has {entry!r}; each entry is the name of an exception's class and "
                 "a number, such as OutputParserException=-1"
@@ -539,6 +541,25 @@ def _check_fields(settings: Any) -> None:
         value = _coerced(spec.name, getattr(settings, spec.name), hints[spec.name])
         object.__setattr__(settings, spec.name, value)
         _check_range(spec, value)
+
+
+def _check_learning(config: TrainConfig) -> None:
+    """Refuse settings that together let nothing be learnt."""
+    if config.group_size == 1 and config.advantage == "group":
+        raise ConfigError(
+            "group_size is 1, with advantage group; an episode alone has nothing to be compared "
+            "with, and every advantage would be 0: give at least 2, or advantage gae"
+        )
+    if config.group_size == 1 and config.filter_rounds:
+        raise ConfigError(
+            f"filter_rounds is {config.filter_rounds}, with group_size 1; a group of one has one "
+            "return, so every example would be left out: give a group_size of at least 2"
+        )
+    if config.advantage == "gae" and 0 < config.iterations <= config.critic_warmup:
+        raise ConfigError(
+            f"critic_warmup is {config.critic_warmup}, with {config.iterations} iterations; no "
+            "adapter would ever be trained: it must be below iterations"
+        )
 
 
 def _check_trackers(names: tuple[str, ...]) -> None:

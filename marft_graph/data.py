@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,13 +47,14 @@ def training_data(dataset: Any, seed: int) -> TrainingData:
     """A user's training set: sequences are shuffled, streams are taken in their own order.
 
     Args:
-        dataset: a `datasets.Dataset`, a list of dicts or another sequence; or a stream: a
-            `datasets.IterableDataset`, a generator, any other iterable.
+        dataset: a `datasets.Dataset`, a list of dicts or another sequence, a DataFrame; or a
+            stream: a `datasets.IterableDataset`, a generator, any other iterable.
         seed: of the shuffled order.
 
     Raises:
         DatasetError: it is empty, no iterable, cannot be read, or its items are no mappings.
     """
+    dataset = _rows_of_table(dataset, "train_dataset")
     if _is_sequence(dataset):
         return ShuffledExamples(as_examples(dataset, "train_dataset"), seed)
     _refuse_non_iterable(dataset, "train_dataset")
@@ -62,8 +64,8 @@ def training_data(dataset: Any, seed: int) -> TrainingData:
 def as_examples(dataset: Any, name: str, limit: int | None = None) -> Sequence[Example]:
     """A data set as a sequence of mappings.
 
-    `datasets.Dataset` and other sequences are used in place; other iterables are read to their end,
-    or to `limit` examples.
+    The rows of a table of pandas, polars or Arrow are its examples. `datasets.Dataset` and other
+    sequences are used in place; other iterables are read to their end, or to `limit` examples.
 
     Raises:
         DatasetError: it is empty, no iterable, cannot be read, or its items are no mappings.
@@ -73,6 +75,7 @@ def as_examples(dataset: Any, name: str, limit: int | None = None) -> Sequence[E
             f"{name} is a mapping with keys {sorted(map(str, dataset))}; give one split, "
             "a sequence of examples"
         )
+    dataset = _rows_of_table(dataset, name)
     examples: Any = dataset
     with _reading(name):
         if not _is_sequence(dataset):
@@ -80,7 +83,8 @@ def as_examples(dataset: Any, name: str, limit: int | None = None) -> Sequence[E
             examples = list(itertools.islice(dataset, limit))
         if len(examples) == 0:
             raise DatasetError(f"{name} is empty; at least one example is needed")
-        _refuse_non_mapping(examples[0], name)
+        for example in examples if isinstance(examples, list | tuple) else [examples[0]]:
+            _refuse_non_mapping(example, name)
     return examples  # type: ignore[no-any-return]
 
 
@@ -224,6 +228,23 @@ def _reading(name: str) -> Iterator[None]:
             f"{name} cannot be read: {type(error).__name__}: {error} (give a datasets.Dataset, a "
             "list of dicts or another iterable of them)"
         ) from error
+
+
+def _rows_of_table(dataset: Any, name: str) -> Any:
+    """The rows of a data frame or an Arrow table as dicts; anything else as it is."""
+    # Whoever has a frame has imported its library; here nothing needs it.
+    pandas, polars = sys.modules.get("pandas"), sys.modules.get("polars")
+    if pandas is not None and isinstance(dataset, pandas.DataFrame):
+        columns = list(dataset.columns)
+        if not all(isinstance(c, str) for c in columns) or len(set(columns)) < len(columns):
+            raise DatasetError(
+                f"{name} is a DataFrame with columns {columns}; each needs a name of its own, as "
+                "rows become examples with these keys"
+            )
+        return dataset.to_dict("records")
+    if polars is not None and isinstance(dataset, polars.DataFrame):
+        return dataset.to_dicts()
+    return dataset.to_pylist() if isinstance(dataset, pa.Table) else dataset
 
 
 def _is_sequence(dataset: Any) -> bool:

@@ -7,7 +7,7 @@ so that an episode can be pickled, written to parquet, or made by hand in a test
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +15,9 @@ from typing import Any, Literal
 from marft_graph.errors import RewardError
 
 FinishReason = Literal["stop", "length"]
+LARGEST_REWARD = 1e12
+"""Rewards work up to this size: advantages are computed in float64, which then tells returns apart
+that differ by a tenth, and squares of the float32 numbers of losses and gradients stay finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +93,30 @@ class Reward:
     """What the reward was made from, by name, for the metrics; adds nothing to the reward."""
 
     def __post_init__(self) -> None:
-        for name, value in {"outcome": self.outcome, **self.nodes, **self.parts}.items():
-            if isinstance(value, bool | int | float) and math.isfinite(value):
-                continue
-            raise RewardError(f"reward for {name!r} is {value!r}; a reward is one finite number")
+        named = [("outcome", self.outcome), *self.nodes.items(), *self.parts.items()]
+        for name, value in named:
+            if not isinstance(value, bool | int | float) or not _is_finite(value):
+                raise RewardError(
+                    f"reward for {name!r} is {value!r}; a reward is one finite number"
+                )
+            check_reward_size(value, f"reward for {name!r} is")
+
+
+def _is_finite(value: float) -> bool:
+    return -sys.float_info.max <= value <= sys.float_info.max  # of whole numbers of any size
+
+
+def check_reward_size(value: float, said: str) -> None:
+    """Refuse a reward that is too large to learn from.
+
+    Raises:
+        RewardError: it is outside of ±`LARGEST_REWARD`; the message begins with `said`.
+    """
+    if abs(value) > LARGEST_REWARD:
+        raise RewardError(
+            f"{said} {value:g}; rewards are learnt from between {-LARGEST_REWARD:g} and "
+            f"{LARGEST_REWARD:g}: divide by a constant"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,11 @@ the same adapters. Trains and writes nothing.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ class Evaluation:
 
     return_mean: float
     return_stderr: float
-    """Standard error of the mean over examples."""
-    returns: tuple[float, ...]
+    """Standard error of the mean: an example counts once, however many episodes it had."""
+    returns: tuple[float, ...] = field(repr=False)
     episodes: int
     """Episodes started; failed ones have no return."""
     episodes_failed: int
@@ -52,16 +53,41 @@ def summarize(episodes: Sequence[Episode], *, greedy: bool) -> Evaluation:
         raise EpisodesFailedError(
             f"all {len(episodes)} evaluation episodes failed; the first: {episodes[0].error}"
         )
-    deviation = statistics.stdev(returns) if len(returns) > 1 else 0.0
+    by_example: dict[int, list[float]] = {}
+    for episode in episodes:
+        if episode.ok:
+            by_example.setdefault(episode.example_index, []).append(episode.total_reward)
     return Evaluation(
         return_mean=statistics.fmean(returns),
-        return_stderr=deviation / len(returns) ** 0.5,
+        return_stderr=standard_error(list(by_example.values())),
         returns=returns,
         episodes=len(episodes),
         episodes_failed=len(episodes) - len(returns),
         failed_by_reason=failure_reasons(episodes),
         greedy=greedy,
     )
+
+
+def standard_error(clusters: Sequence[Sequence[float]]) -> float:
+    """Standard error of the mean over all values, those of one cluster being dependent.
+
+    With e the deviations from the mean, G clusters and N values::
+
+        sqrt(G / (G - 1) * sum over clusters of (sum of e)^2) / N
+
+    (Cameron and Miller 2015, eq. 11, for a mean). Clusters of one value give stdev / sqrt(N), those
+    of one size the standard error of their means. 0 for fewer than two clusters.
+
+    >>> standard_error([[0.0], [1.0]]), standard_error([[0.0, 0.0], [1.0, 1.0]])
+    (0.5, 0.5)
+    """
+    values = [value for cluster in clusters for value in cluster]
+    if len(clusters) < 2:
+        return 0.0
+    mean = statistics.fmean(values)
+    squares = [math.fsum(value - mean for value in cluster) ** 2 for cluster in clusters]
+    count = len(clusters)
+    return math.sqrt(count / (count - 1) * math.fsum(squares)) / len(values)
 
 
 def failure_reasons(episodes: Sequence[Episode]) -> dict[str, int]:

@@ -44,6 +44,7 @@ from marft_graph.learn.groups import share_of_equal_groups
 from marft_graph.learn.memory import update_within_memory
 from marft_graph.learn.supervised import imitate
 from marft_graph.learn.update import Learner
+from marft_graph.policy.adapters import check_base
 from marft_graph.policy.fingerprint import fingerprint
 from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team, Weights
@@ -111,7 +112,7 @@ class Trainer:
             own rewards (a dict by node), or both (`Reward`). Several are added up, see
             `marft_graph.rewards.combine`: a list of functions, or a dict of functions to weights.
         config: settings; a mapping of them will do.
-        eval_dataset: held-out examples for evaluation.
+        eval_dataset: held-out examples for evaluation; None: evaluations are left out.
         run_dir: where the run is written; default: the next free `runs/run-N`. Of processes that
             train together (`accelerate launch`) the first one writes it; the others' folders are
             temporary.
@@ -155,6 +156,7 @@ class Trainer:
         check_engine_settings(self.config)
         require_tracker_packages(self.config.trackers)
         check_worker_settings(self.config)
+        _check_training(self.config, has_evaluations=eval_dataset is not None)
         check_accepted(accept_changes)
         earlier = os.path.expanduser(self.config.start_from or "")
         if earlier and os.path.exists(Path(earlier) / "manifest.json"):
@@ -182,6 +184,8 @@ class Trainer:
         self.nodes = found.training(self.config.nodes).agents
         agents = agents_of(self.nodes, self.config)
         _check_alternate_order(self.config, [agent.name for agent in agents])
+        for base in dict.fromkeys(agent.base_model for agent in agents):
+            check_base(base, self.config.device, self.config.quantization)
         self.flex_mg = found.training(self.nodes, adapters_of(agents))
         self._torch_threads = torch.get_num_threads()
         self._ranks = Ranks()
@@ -421,6 +425,11 @@ class Trainer:
         if self.iteration > 0:
             return None, None
         self._is_between_steps = False  # a start without its evaluation is none
+        if self._eval is None:
+            logger.warning(
+                "there is no eval_dataset: evaluations before, in (eval_every) and after training "
+                "are left out"
+            )
         before = self._evaluate_both(log, "before")
         self._is_between_steps = True
         self._checkpoint(None if before[0] is None else before[0].return_mean)
@@ -432,7 +441,9 @@ class Trainer:
         log.write(row)
         if row["collapsed"] is not None:
             self._recover(row["collapsed"])
-        elif _due(self.config.eval_every, self.iteration, self.config.iterations):
+        elif self._eval is not None and _due(
+            self.config.eval_every, self.iteration, self.config.iterations
+        ):
             row |= self._log_evaluation(log, self.evaluate())
         self._is_between_steps = True
         if _due(self.config.checkpoint_every, self.iteration, self.config.iterations) or (
@@ -646,6 +657,21 @@ class Trainer:
             else:
                 self._health.problem(row)
         return read_plans(checkpoint, self.team)
+
+
+def _check_training(config: TrainConfig, *, has_evaluations: bool) -> None:
+    """Refuse settings that cannot do in training what they say."""
+    if config.temperature == 0:
+        raise ConfigError(
+            "temperature is 0; training learns from samples: give a number above 0, such as 1.0 "
+            "(evaluations have greedy=True)"
+        )
+    for name, is_set in (("early_stop", config.early_stop > 0), ("load_best", config.load_best)):
+        if is_set and not has_evaluations:
+            raise ConfigError(
+                f"{name} is {getattr(config, name)}, but there is no eval_dataset, whose returns "
+                f"it needs; give one, or leave {name} out"
+            )
 
 
 def _check_alternate_order(config: TrainConfig, agents: Sequence[str]) -> None:

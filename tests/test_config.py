@@ -139,3 +139,19 @@ def test_a_file_that_holds_no_settings_is_named(tmp_path: Path, content: bytes) 
         read_yaml(tmp_path)
     path.write_text(yaml.safe_dump(TrainConfig(base_model="m").to_dict()))
     assert TrainConfig.load(path) == TrainConfig(base_model="m")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"group_size": 1, "advantage": "group"}, "nothing to be compared with"),
+        ({"group_size": 1, "filter_rounds": 2}, "every example would be left out"),
+        ({"iterations": 5, "critic_warmup": 5}, "no adapter would ever be trained"),
+        ({"fault_rewards": ["ValueError=1e13"]}, "fault_rewards has 'ValueError=1e13'"),
+    ],
+)
+def test_settings_that_let_nothing_be_learnt_are_refused(
+    settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        TrainConfig(base_model="m", **settings)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
+import pandas as pd
+import pyarrow as pa
 import pytest
 from datasets import Dataset, IterableDataset
 
@@ -104,9 +107,8 @@ def fails_after(count: int) -> Iterator[dict[str, int]]:
 
 
 def test_a_data_set_that_fails_while_it_is_read_is_named() -> None:
-    for dataset in (Broken(), pandas_like()):
-        with pytest.raises(DatasetError, match=r"train_dataset cannot be read: KeyError.*list of"):
-            training_data(dataset, 0)
+    with pytest.raises(DatasetError, match=r"train_dataset cannot be read: KeyError.*list of"):
+        training_data(Broken(), 0)
     with pytest.raises(DatasetError, match=r"train_dataset cannot be read: KeyError: 'no column"):
         training_data(Broken(after=1), 0).take(5)
     with pytest.raises(DatasetError, match="train_dataset cannot be read: OSError: the disk"):
@@ -115,11 +117,24 @@ def test_a_data_set_that_fails_while_it_is_read_is_named() -> None:
         as_examples(fails_after(2), "eval_dataset")
 
 
-def pandas_like() -> object:
-    """What a user of pandas may give: items are columns there, not rows."""
-    import pandas as pd
+def test_the_rows_of_a_table_are_examples() -> None:
+    frame = pd.DataFrame(ROWS)
+    for table in (frame, frame.set_index(frame["n"] + 7), pa.Table.from_pylist(ROWS)):
+        assert training_data(table, 0).take(5) == training_data(ROWS, 0).take(5)
+        assert list(as_examples(table, "eval_dataset")) == ROWS
 
-    return pd.DataFrame({"n": [1, 2]})
+
+@pytest.mark.parametrize("columns", [[0, 1], ["n", "n"]])
+def test_a_table_whose_columns_are_no_names_is_refused(columns: list[Any]) -> None:
+    with pytest.raises(DatasetError, match="each needs a name of its own"):
+        as_examples(pd.DataFrame([[1, 2]], columns=columns), "eval_dataset")
+    with pytest.raises(DatasetError, match="train_dataset is empty"):
+        training_data(pd.DataFrame({"n": []}), 0)
+
+
+def test_an_item_in_the_middle_that_is_no_mapping_is_named_at_once() -> None:
+    with pytest.raises(DatasetError, match="train_dataset holds str items"):
+        training_data([*ROWS, "text"], 0)
 
 
 @pytest.mark.parametrize("dataset", ["text", b"bytes", None, 3, object(), {"train": ROWS}, [[1]]])

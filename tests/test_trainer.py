@@ -460,3 +460,81 @@ def test_decode_steps_of_a_small_base_run_on_one_thread_and_its_updates_on_all(
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_run_without_held_out_data_goes_to_its_end_and_says_so_once(
+    make: Callable[..., Trainer], tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = config(tiny_model, iterations=3, eval_every=1, group_size=2)
+    with make(config=settings, eval_dataset=None) as trainer:
+        result = trainer.train(progress=False)
+    assert result.iterations == 3
+    assert result.before is result.after is None
+    assert caplog.text.count("there is no eval_dataset") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"early_stop": 2}, "early_stop is 2, but there is no eval_dataset"),
+        ({"load_best": True}, "load_best is True, but there is no eval_dataset"),
+        ({"temperature": 0.0}, "temperature is 0; training learns from samples"),
+        ({"lora_targets": ["q_proj", "v_porj"]}, "has 'v_porj', which no module.*q_proj"),
+        ({"per_node": {"editor": {"lora_rank": 2}}}, "per_node names 'editor'"),
+        ({"update_order": "alternating", "alternate_order": ["editor"]}, "names 'editor'"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_the_run_begins(
+    make: Callable[..., Trainer],
+    tiny_model: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    said: str,
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make(config=config(tiny_model, **changes), eval_dataset=None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_with_other_arguments_is_refused_before_the_run_begins(
+    make: Callable[..., Trainer],
+) -> None:
+    for function in (lambda state: 1.0, lambda example, state, weights: 1.0):
+        for given in (function, [function], {function: 0.5}):
+            with pytest.raises(ConfigError, match=r"called as reward\(example, state\)"):
+                make(reward=given)
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused_before_models_are_loaded(
+    make: Callable[..., Trainer], tmp_path: Path, tiny_model: Path
+) -> None:
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(CheckpointError, match="file is a file"):
+        make(run="file/run", config=config(tiny_model, quantization="none"))
+
+
+@pytest.mark.parametrize("value", [1e308, -1e20, 1.1e12])
+def test_a_reward_that_is_too_large_to_learn_from_is_refused(
+    make: Callable[..., Trainer], value: float
+) -> None:
+    with (
+        make(reward=lambda example, state: value, eval_dataset=None) as trainer,
+        pytest.raises(RewardError, match=r"between -1e\+12 and 1e\+12: divide by"),
+    ):
+        trainer.train(progress=False)
+
+
+def test_a_large_reward_is_learnt_from(make: Callable[..., Trainer], tiny_model: Path) -> None:
+    """The same but for a constant: the same advantages, so the same gradients but for rounding."""
+    steps = []
+    for run, offset in (("small", 0.0), ("large", 1e9)):
+        with make(
+            run=run,
+            reward=lambda example, state, offset=offset: offset + reward(example, state),
+            config=config(tiny_model, iterations=1),
+            eval_dataset=None,
+        ) as trainer:
+            (row,) = read_metrics(trainer.train(progress=False).run_dir)
+        steps.append([stats["grad_norm"] for stats in row["agents"].values()])
+    assert all(norm > 0 for norm in steps[0])
+    assert steps[1] == pytest.approx(steps[0], rel=1e-3)

@@ -6,12 +6,15 @@ adapter keep their own model.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
+import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import ensure_config, merge_configs
@@ -28,6 +31,7 @@ from marft_graph.names import agent_path
 from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.rollout.answers import message_for, request_for
 from marft_graph.rollout.intercept import InterceptedCall, Pending, Responder, intercepting
+from marft_graph.rollout.recorder import stable_seed
 
 ANSWERED_BY = "marft_answered_by"
 """Key in a run's metadata: `adapters`, or `own models`."""
@@ -125,6 +129,18 @@ class _Adapters(Responder):
         self._temperature = temperature
         self._max_new_tokens = max_new_tokens
         self._constrain_output = constrain_output
+        self._lock = threading.Lock()
+        self._repeats: Counter[tuple[str, tuple[int, ...]]] = Counter()
+
+    def for_run(self) -> Self:
+        """The same for one run, which begins to count how often a task asks the same anew.
+
+        So a task that asks one thing several times gets several samples, and a run that is gone on
+        with asks what it asked before with the seeds that it had.
+        """
+        own = copy.copy(self)
+        own._lock, own._repeats = threading.Lock(), Counter()
+        return own
 
     def agent_for(self, node: str) -> str | None:
         """The node's adapter, where one was exported."""
@@ -133,10 +149,16 @@ class _Adapters(Responder):
     def respond(self, call: InterceptedCall) -> Pending:
         """Submit the call; sampled answers differ from call to call, greedy ones do not."""
         codec = self._engine.codec(call.agent)
+        prompt_ids = codec.render(call.messages, call.tools)
+        asked = (call.namespace, prompt_ids)
+        with self._lock:
+            repeat = self._repeats[asked]
+            self._repeats[asked] += 1
         request = request_for(
             call,
             codec,
-            seed=int.from_bytes(hashlib.sha256(call.namespace.encode()).digest()[:8]),
+            prompt_ids=prompt_ids,
+            seed=stable_seed(*asked, repeat),
             temperature=self._temperature if call.temperature is None else None,
             max_new_tokens=self._max_new_tokens,
             constrain_output=self._constrain_output,
@@ -196,7 +218,10 @@ class BoundGraph(Runnable[Any, Any]):
         if not self._is_for_adapters(config):
             yield _with_metadata(config, {ANSWERED_BY: "own models"})
             return
-        with intercepting(self._responder, context=context) as metadata:
+        responder = self._responder
+        if isinstance(responder, _Adapters):
+            responder = responder.for_run()
+        with intercepting(responder, context=context) as metadata:
             yield _with_metadata(config, metadata | {ANSWERED_BY: "adapters"})
 
     def _is_for_adapters(self, config: RunnableConfig | None) -> bool:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 Parents = Sequence[Sequence[int]]
+_ROUNDING = 1e-14
+"""Relative difference under which returns are equal: sums in another order differ by less."""
 
 
 def dag_gae(
@@ -172,6 +174,8 @@ def group_advantages(
 ) -> Tensor:
     """Returns relative to the mean of their group (N,); no critic (GRPO, arXiv 2402.03300).
 
+    Computed in float64 and returned in it: returns may be large against what they differ by.
+
     Args:
         returns_N: return of each call.
         groups: for each call the group it belongs to; a group of one has advantage 0.
@@ -186,10 +190,11 @@ def group_advantages(
         members.setdefault(group, []).append(index)
     if len(groups) != len(returns_N):
         raise ValueError(f"{len(returns_N)} returns but {len(groups)} groups; give one for each")
+    returns_N = returns_N.double()
     advantages_N = torch.zeros_like(returns_N)
     for indices in members.values():
         own = returns_N[indices]
-        if bool((own == own[0]).all()):
+        if are_equal(own):
             continue  # exactly 0, where rounding of the mean would leave noise to be scaled up
         centred = own - own.mean()
         if scale:
@@ -201,15 +206,29 @@ def group_advantages(
 def normalize(advantages_N: Tensor, epsilon: float = 1e-8) -> Tensor:
     """Advantages with mean 0 and population deviation 1 over all N entries.
 
-    The mean is not added back. Entries that are all equal become 0.
+    The mean is not added back. Entries that are all equal become 0. Computed in float64 and
+    returned in it.
 
     >>> normalize(torch.tensor([1.0, 3.0])).tolist()
     [-1.0, 1.0]
     """
-    if len(advantages_N) == 0 or bool((advantages_N == advantages_N[0]).all()):
+    advantages_N = advantages_N.double()
+    if are_equal(advantages_N):
         return torch.zeros_like(advantages_N)
     centred = advantages_N - advantages_N.mean()
     return centred / (centred.square().mean().sqrt() + epsilon)
+
+
+def are_equal(values_N: Tensor) -> bool:
+    """Whether values (N,) are all one value but for rounding; so are none.
+
+    >>> are_equal(torch.tensor([0.1 + 0.2, 0.3], dtype=torch.float64))
+    True
+    """
+    if len(values_N) == 0:
+        return True
+    spread = values_N.max() - values_N.min()
+    return bool(spread <= _ROUNDING * values_N.abs().max())
 
 
 def _inner_deltas(

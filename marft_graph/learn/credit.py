@@ -6,6 +6,7 @@ a flat axis N of action tokens, call after call.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,11 @@ class AgentBatch:
     advantages_N: Tensor
     """Per token; at action level all tokens of a call share the call's."""
     returns_N: Tensor
+    logprob_gap: tuple[float, float] | None = None
+    """Largest and mean difference between the engine's and the learner's own log-probs, in nats;
+    None where importance is not corrected."""
+    is_alone_C: Sequence[bool] = ()
+    """Of each call, whether its group has no other; empty where there are no groups."""
 
     def tokens(self, indices: Sequence[int]) -> Tensor:
         """Positions on the token axis of some calls, call after call."""
@@ -82,15 +88,14 @@ def assign_advantages(
             numbers.advantages[span] = advantage
             numbers.returns[span] = target
     for agent, batch in batches.items():
-        batch.advantages_N = torch.tensor(plain[agent].advantages)
+        advantages_N = torch.tensor(plain[agent].advantages, dtype=torch.float64)
         batch.returns_N = torch.tensor(plain[agent].returns)
-    if settings.normalize_advantages:
-        for batch in batches.values():
-            if settings.level == "token":
-                batch.advantages_N = normalize(batch.advantages_N)
-            else:
-                per_call = normalize(batch.advantages_N[batch.first_tokens])
-                batch.advantages_N = _spread(per_call, batch.offsets)
+        if settings.normalize_advantages and settings.level == "token":
+            advantages_N = normalize(advantages_N)
+        elif settings.normalize_advantages:
+            per_call = normalize(advantages_N[batch.first_tokens])
+            advantages_N = _spread(per_call, batch.offsets)
+        batch.advantages_N = advantages_N.float()
 
 
 class _Plain:
@@ -159,7 +164,7 @@ def _assign_group_advantages(
     ]
     turns = [_turns(episode) for episode in episodes]
     for batch in batches.values():
-        own = torch.stack([returns[e][k] for e, k in batch.place]).float()
+        own = torch.stack([returns[e][k] for e, k in batch.place])
         if settings.kl_in == "reward" and settings.kl_coef:
             log_ratio_N = batch.old_logprobs_N - batch.ref_logprobs_N
             own = own - settings.kl_coef * action_logprobs(log_ratio_N, batch.offsets, "sum")
@@ -168,17 +173,19 @@ def _assign_group_advantages(
             for e, k in batch.place
         ]
         advantages = group_advantages(own, groups, scale=settings.normalize_advantages)
-        batch.advantages_N = _spread(advantages, batch.offsets)
-        batch.returns_N = _spread(own, batch.offsets)
+        batch.advantages_N = _spread(advantages, batch.offsets).float()
+        batch.returns_N = _spread(own, batch.offsets).float()
+        sizes = Counter(groups)
+        batch.is_alone_C = [sizes[group] == 1 for group in groups]
 
 
-def _turns(episode: Episode) -> list[int]:
-    """How many earlier calls of the episode the same node made, for each call."""
-    seen: dict[str, int] = {}
+def _turns(episode: Episode) -> list[tuple[str, int]]:
+    """Of each call its node, and how many earlier calls of the episode that node made."""
+    seen: Counter[str] = Counter()
     turns = []
     for call in episode.calls:
-        turns.append(seen.get(call.node, 0))
-        seen[call.node] = turns[-1] + 1
+        turns.append((call.node, seen[call.node]))
+        seen[call.node] += 1
     return turns
 
 

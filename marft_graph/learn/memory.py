@@ -7,8 +7,10 @@ update does.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +18,20 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from marft_graph.config import MICROBATCH_TOKENS
 from marft_graph.episode import Episode
 from marft_graph.errors import CheckpointError, OutOfMemoryError
-from marft_graph.learn.sizing import is_out_of_memory
+from marft_graph.learn.sizing import HostMemory, is_out_of_memory
 from marft_graph.learn.update import AgentStats, Learner
 from marft_graph.policy.team import Team
 
 logger = logging.getLogger(__name__)
+
+_COPIED_SHARE = 0.1
+"""Of the free memory: weights and moments that need no more are copied, larger ones written."""
+_BEFORE = "before.safetensors"
 
 
 def update_within_memory(
@@ -41,8 +48,7 @@ def update_within_memory(
     """
     if learner.microbatch_tokens is None and any(e.calls for e in episodes if e.ok):
         learner.find_microbatch_tokens(episodes)
-    with tempfile.TemporaryDirectory(prefix="marft-update-") as folder:
-        before = _Snapshot(Path(folder), learner, team)
+    with contextlib.closing(_Snapshot(learner, team)) as before:
         while True:
             try:
                 return learner.update(episodes, iteration)
@@ -86,25 +92,51 @@ def _release(learner: Learner) -> None:
         torch.cuda.empty_cache()
 
 
-class _Snapshot:
-    """Weights and moments in a temporary file: memory is what may be short."""
+def _free_memory() -> int:
+    """Bytes that this machine has left for this process; 0 where it does not say."""
+    try:
+        return HostMemory().free()
+    except (OSError, ValueError, LookupError):
+        return 0
 
-    def __init__(self, folder: Path, learner: Learner, team: Team) -> None:
-        self._path = folder / "before.safetensors"
+
+class _Snapshot:
+    """Weights and moments as they were: copied where they are small, else in a temporary file."""
+
+    def __init__(self, learner: Learner, team: Team) -> None:
         weights = {
             f"weights/{agent}/{index}": parameter.detach().cpu().contiguous()
             for agent in team.agents
             for index, parameter in enumerate(team.parameters(agent))
         }
         state = {f"learner/{name}": value for name, value in learner.state().items()}
+        now = weights | state
+        self._copies: dict[str, Tensor] = {}
+        self._folder: Path | None = None
+        if sum(value.nbytes for value in now.values()) <= _COPIED_SHARE * _free_memory():
+            self._copies = {name: value.clone() for name, value in now.items()}
+            return
         try:
-            save_file(weights | state, self._path)
+            self._folder = Path(tempfile.mkdtemp(prefix="marft-update-"))
+            save_file(now, self._folder / _BEFORE)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot write {self._path}: {error}") from error
+            self.close()
+            raise CheckpointError(
+                f"cannot write {self._folder or tempfile.gettempdir()}: {error}"
+            ) from error
+
+    def close(self) -> None:
+        """Delete the file, if there is one."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     @torch.no_grad()
     def put_back(self, learner: Learner, team: Team) -> None:
-        saved = load_file(self._path)
+        # Fresh tensors each time: the optimizers keep those that they are given.
+        if self._folder is None:
+            saved = {name: value.clone() for name, value in self._copies.items()}
+        else:
+            saved = load_file(self._folder / _BEFORE)
         for agent in team.agents:
             for index, parameter in enumerate(team.parameters(agent)):
                 parameter.copy_(saved[f"weights/{agent}/{index}"])

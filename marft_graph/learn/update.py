@@ -245,6 +245,8 @@ class Learner:
                 settings.importance_cap,
                 offsets if settings.level == "action" else None,
             )
+            gap_N = (own_N - batch.old_logprobs_N).abs()
+            batch.logprob_gap = (gap_N.max().item(), gap_N.mean().item())
             batch.old_logprobs_N = own_N
         return batch
 
@@ -334,7 +336,9 @@ class Learner:
         stats = {name: sum(values) / len(values) for name, values in totals.items()}
         if totals:
             # Before the first step the policy is the one that sampled: this is the engine's error.
-            stats["logprob_gap"] = totals["logprob_gap"][0]
+            first = totals["logprob_gap"][0], totals["logprob_gap_mean"][0]
+            # Where importance is corrected, steps begin at the learner's own figures.
+            stats["logprob_gap"], stats["logprob_gap_mean"] = batch.logprob_gap or first
             stats["optimizer_steps"] = float(len(totals["loss_policy"]))
             stats["learning_rate"] = rate
         return stats
@@ -345,7 +349,8 @@ class Learner:
         optimizer = self.optimizers[agent]
         calls = [batch.calls[i] for i in indices]
         token_count = sum(len(call.completion_ids) for call in calls)
-        sums = dict.fromkeys(("policy", "entropy", "kl_base", "kl_step", "clipped"), 0.0)
+        names = ("policy", "entropy", "kl_base", "kl_step", "clipped", "gap")
+        sums = dict.fromkeys(names, 0.0)
         referenced = 0
         gap = 0.0
         for rows in self._microbatches(agent, batch, indices):
@@ -374,7 +379,9 @@ class Learner:
                 referenced += int(is_known_N.sum())
                 sums["kl_step"] += kl_k3(old_N, logprobs_N).sum().item() / token_count
                 sums["clipped"] += clipped
-                gap = max(gap, (logprobs_N - old_N).abs().max().item())
+                gap_N = (logprobs_N - old_N).abs()
+                sums["gap"] += gap_N.sum().item() / token_count
+                gap = max(gap, gap_N.max().item())
         self._ranks.add_gradients(self._team.parameters(agent))
         sums, referenced, gap = self._over_all_ranks(sums, referenced, gap)
         norm = torch.nn.utils.clip_grad_norm_(self._team.parameters(agent), settings.max_grad_norm)
@@ -394,6 +401,7 @@ class Learner:
             "clip_fraction": sums["clipped"],
             "grad_norm": float(norm),
             "logprob_gap": gap,
+            "logprob_gap_mean": sums["gap"],
         }
 
     def _over_all_ranks(

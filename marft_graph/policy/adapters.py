@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -39,8 +38,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from marft_graph.agents import Agent
 from marft_graph.errors import ConfigError, ModelError
+from marft_graph.names import agent_of_adapter
 from marft_graph.policy.beginning import SharedBeginning
 from marft_graph.policy.chat import TokenizerCodec
+from marft_graph.policy.devices import check_device, device_of
 from marft_graph.policy.grammar import Grammars
 from marft_graph.policy.last_layer import narrow_last_layer
 from marft_graph.policy.lora import BASE, AdapterValues, LoraLayers
@@ -123,6 +124,8 @@ class Policy:
             special_tokens_in_text=special_tokens_in_text,
         )
         model: PeftModel | None = None
+        for agent in agents:
+            _check_targets(base, agent)
         for agent in agents:
             lora = LoraConfig(
                 r=agent.rank,
@@ -505,20 +508,9 @@ def load_base(
         ModelError: nothing is found there, its attention is not full attention, or what the
             quantization needs is not installed.
     """
-    if not base_model:
-        raise ConfigError(
-            "base_model is empty; give a hub id such as Qwen/Qwen2.5-0.5B-Instruct or a folder"
-        )
-    path = Path(os.path.expanduser(base_model))
-    looks_local = base_model.startswith((".", "~", "/")) or base_model.count("/") != 1
-    if looks_local and not path.is_dir() and (path.is_absolute() or "/" in base_model):
-        raise ModelError(
-            f"base_model {base_model!r}: there is no such folder; give a hub id such as "
-            "Qwen/Qwen2.5-0.5B-Instruct, or a folder with config.json and model.safetensors"
-        )
-    source = str(path) if path.is_dir() else base_model
-    target = PartialState().device if device == "auto" else torch.device(device)
-    more = {} if quantization == "none" else _quantized(quantization, dtype, target)
+    source = check_base(base_model, device, quantization)
+    target = device_of(device)
+    more = {} if quantization == "none" else _quantized(dtype, target)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         base = AutoModelForCausalLM.from_pretrained(
@@ -556,12 +548,42 @@ def load_base(
     )
 
 
-def _quantized(quantization: Quantization, dtype: str, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` needs for a base in 4 bits (QLoRA's NF4, arXiv 2305.14314)."""
+def check_base(base_model: str, device: str, quantization: Quantization = "none") -> str:
+    """Refuse what cannot be loaded, as far as that shows without loading it.
+
+    Returns:
+        What transformers is to load: a folder or a hub id.
+
+    Raises:
+        ConfigError: no base is named, or the device is not there.
+        ModelError: there is no such folder, or what the quantization needs is not installed.
+    """
+    if not base_model:
+        raise ConfigError(
+            "base_model is empty; give a hub id such as Qwen/Qwen2.5-0.5B-Instruct or a folder"
+        )
+    check_device(device)
+    if quantization != "none":
+        _require_bitsandbytes(quantization)
+    path = Path(os.path.expanduser(base_model))
+    looks_local = base_model.startswith((".", "~", "/")) or base_model.count("/") != 1
+    if looks_local and not path.is_dir() and (path.is_absolute() or "/" in base_model):
+        raise ModelError(
+            f"base_model {base_model!r}: there is no such folder; give a hub id such as "
+            "Qwen/Qwen2.5-0.5B-Instruct, or a folder with config.json and model.safetensors"
+        )
+    return str(path) if path.is_dir() else base_model
+
+
+def _require_bitsandbytes(quantization: Quantization) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
             f"quantization {quantization} needs bitsandbytes: pip install 'marft-graph[quantize]'"
         )
+
+
+def _quantized(dtype: str, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` needs for a base in 4 bits (QLoRA's NF4, arXiv 2305.14314)."""
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -569,6 +591,24 @@ def _quantized(quantization: Quantization, dtype: str, device: torch.device) -> 
         bnb_4bit_use_double_quant=True,
     )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _check_targets(base: PreTrainedModel, agent: Agent) -> None:
+    """Refuse LoRA targets that no module has: PEFT is content with one that does."""
+    if agent.targets == ("all-linear",):
+        return
+    names = [name for name, _ in base.named_modules()]
+    ends = {
+        name.rpartition(".")[2]
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    for target in agent.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ConfigError(
+                f"lora_targets of {agent_of_adapter(agent.name)!r} has {target!r}, which no module "
+                f"of the base is called; linear layers are {', '.join(sorted(ends))}"
+            )
 
 
 def _base_of(model: PeftModel) -> PreTrainedModel:

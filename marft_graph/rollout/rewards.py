@@ -16,7 +16,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any, SupportsFloat, TypeVar
 
-from marft_graph.episode import Episode, Reward
+from marft_graph.episode import Episode, Reward, check_reward_size
 from marft_graph.errors import ConfigError, RewardError
 
 T = TypeVar("T")
@@ -101,6 +101,7 @@ def combine(*parts: Weighted) -> CombinedReward:
             raise ConfigError(
                 f"{reprlib.repr(part)} is no reward; each is a function, or (function, weight)"
             )
+        _check_arguments(function)
         name = _name_of(function)
         if isinstance(weight, str) or not isinstance(weight, SupportsFloat):
             raise ConfigError(f"the weight of {name!r} is {weight!r}; it must be a finite number")
@@ -135,7 +136,23 @@ def as_reward_function(reward: Rewards) -> RewardFunction:
             f"reward is {reprlib.repr(reward)}; it must be a function `reward(example, state)`, a "
             "list of such functions, or a dict of functions to weights"
         )
+    _check_arguments(reward)
     return reward
+
+
+def _check_arguments(reward: Callable[..., Any]) -> None:
+    """Refuse a function that cannot be called with an example and a state."""
+    try:
+        signature = inspect.signature(reward)
+    except (TypeError, ValueError):  # some functions that are not written in Python have none
+        return
+    try:
+        signature.bind({}, {})
+    except TypeError as error:
+        raise ConfigError(
+            f"the reward {_name_of(reward)!r} takes {signature}; it is called as "
+            f"reward(example, state): {error}"
+        ) from None
 
 
 class RewardCalls:
@@ -340,6 +357,7 @@ def finite_number(value: Any, said: str, of: str = "") -> float:
         raise RewardError(f"{said} {reprlib.repr(value)}{what}; {accepted}") from error
     if not math.isfinite(number):
         raise RewardError(f"{said} {number}{what}; {accepted}")
+    check_reward_size(number, f"{said}{what}")
     return number
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Row = Mapping[str, Any]
 
 _RECENT = 10
@@ -69,8 +70,8 @@ _SIGNS = (
         "A lower learning_rate, fewer epochs or fewer minibatches.",
     ),
     _Sign(
-        "logprob_gap",
-        lambda gap: abs(gap) > LOGPROB_GAP,
+        "logprob_gap_mean",
+        lambda gap: gap > LOGPROB_GAP,
         "engine and learner disagree about {agent}'s tokens by {value:.3f} nats on average",
         "importance_cap: 2, or the same dtype in both.",
     ),
@@ -103,9 +104,9 @@ def advice(rows: Sequence[Row], evaluations: Sequence[Row]) -> list[Advice]:
 
 
 def recent_figure(agent: str, figure: str, rows: Sequence[Row]) -> float | None:
-    """Mean of an agent's figure over the last tenth of the iterations that have it."""
+    """Mean of an agent's figure over the `last_tenth` of the iterations that have it."""
     values = figures(agent, figure, rows)
-    return statistics.fmean(values[-_width(values) :]) if values else None
+    return statistics.fmean(last_tenth(values)) if values else None
 
 
 def first_figure(agent: str, figure: str, rows: Sequence[Row]) -> float | None:
@@ -120,7 +121,12 @@ def figures(agent: str, figure: str, rows: Sequence[Row]) -> list[float]:
     return [value for value in found if isinstance(value, int | float)]
 
 
-def _width(values: Sequence[float]) -> int:
+def last_tenth(values: Sequence[T]) -> Sequence[T]:
+    """What the reports call recent: the last tenth, but three at least."""
+    return values[-_width(values) :]
+
+
+def _width(values: Sequence[Any]) -> int:
     return max(3, len(values) // _RECENT)
 
 

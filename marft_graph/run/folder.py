@@ -42,6 +42,7 @@ def claim_run_folder(
             number += 1
         return Path(f"runs/run-{number}")
     path = Path(run_dir)
+    _check_can_be_made(path)
     if resume:
         if not os.path.isfile(path / "config.yaml"):
             raise CheckpointError(f"nothing to resume: {path} is no run folder")
@@ -71,6 +72,17 @@ def begin_in(run_dir: Path, lock: RunLock) -> None:
     if (run_dir / "config.yaml").exists():
         lock.release()
         raise CheckpointError(f"another run has used {run_dir} meanwhile; give another run folder")
+
+
+def _check_can_be_made(path: Path) -> None:
+    """Refuse a folder that cannot be written, now rather than after the models were loaded."""
+    there = path
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if os.path.exists(there) and not os.path.isdir(there):
+        raise CheckpointError(f"cannot make the run folder {path}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CheckpointError(f"cannot write the run folder {path}: {there} is not writable")
 
 
 def _is_used(path: Path) -> bool:

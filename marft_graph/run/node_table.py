@@ -60,8 +60,8 @@ def nodes_section(flex_mg: FlexMG, rows: Sequence[Row]) -> str:
         f"<h2>Node by node</h2><p>{readable_text(_furthest(agents, rows))}</p>"
         f'<div class="wide"><table class="nodes"><tr>{head}</tr>{"".join(lines)}</table></div>'
         '<p class="soft">Two figures are the means of the first and the last tenth of the '
-        "iterations. KL and entropy are nats per token. An agent's credit is the size of its "
-        "calls' advantages.</p>"
+        "iterations, three at least; KL is the mean of the last tenth. KL and entropy are nats per "
+        "token. An agent's credit is the size of its calls' advantages, added up.</p>"
     )
 
 

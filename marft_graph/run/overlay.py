@@ -10,7 +10,7 @@ from typing import Any
 from marft_graph.episode import Episode
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.graph.page import Overlay
-from marft_graph.run.advice import recent_figure
+from marft_graph.run.advice import last_tenth, recent_figure
 from marft_graph.run.curves import Curve, line_chart
 from marft_graph.run.node_table import calls_per_episode
 from marft_graph.run.tracking import read_metrics
@@ -46,11 +46,11 @@ def last_episode(run_dir: Path) -> Episode | None:
 def _facts(
     agent: str, name: str, rows: Sequence[Mapping[str, Any]], trained: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, str]]:
-    recent = trained[-max(1, len(trained) // 10) :]
-    episodes = sum(row["episodes"] - row["episodes_failed"] for row in recent)
+    recent = last_tenth(trained)
     figures = [row["agents"][name] for row in recent]
     calls = sum(agent.get("calls", 0) for agent in figures)
     tokens = sum(agent.get("calls", 0) * agent.get("tokens_mean", 0) for agent in figures)
+    per_episode = calls_per_episode(name, recent)
     failed = sum(
         count
         for row in rows
@@ -59,9 +59,9 @@ def _facts(
     )
     everything = sum(row["episodes"] for row in rows)
     facts = [
-        ("calls per episode", f"{calls / max(episodes, 1):.2f}"),
+        ("calls per episode", "-" if per_episode is None else f"{per_episode:.2f}"),
         ("tokens per call", f"{tokens / max(calls, 1):.1f}"),
-        ("episodes that failed here", f"{failed / max(everything, 1):.1%}"),
+        ("episodes that failed here, of the whole run", f"{failed / max(everything, 1):.1%}"),
     ]
     for key, label in (
         ("advantage_abs_mean", "advantage, mean size"),

@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, StateGraph
+from langgraph.types import Command, interrupt
 
 from marft_graph import TrainConfig, Trainer, bind
 from marft_graph.errors import ExportError
-from tests.apps import duo, voters
+from tests.apps import DuoState, duo, voters
+from tests.apps import model as own_model
 
 EXAMPLES = [{"question": "q" * (1 + i)} for i in range(8)]
 SCRIPT = """
@@ -71,6 +76,45 @@ async def test_all_ways_to_run_the_app_answer_alike(exported: tuple[Path, Traine
     assert list(app.stream(EXAMPLES[0], stream_mode="values"))[-1] == expected
     assert [s async for s in app.astream(EXAMPLES[0], stream_mode="values")][-1] == expected
     assert app.batch(EXAMPLES[:3]) == [app.invoke(example) for example in EXAMPLES[:3]]
+
+
+def test_a_task_that_asks_the_same_several_times_gets_several_samples(
+    exported: tuple[Path, Trainer],
+) -> None:
+    said: list[str] = []
+
+    def ask(state: dict[str, Any]) -> dict[str, Any]:
+        one_by_one = [own_model.invoke("write something") for _ in range(4)]
+        together = own_model.batch(["write something"] * 4)
+        said[:] = [message.text for message in (*one_by_one, *together)]
+        return {"answer": "done"}
+
+    graph = StateGraph(DuoState).add_node("planner", lambda state: {}).add_node("actor", ask)
+    app = graph.add_edge(START, "planner").add_edge("planner", "actor").compile()
+    bind(app, exported[0], temperature=1.0).invoke({"question": "q"})
+    assert len(set(said)) == 8
+    bind(app, exported[0]).invoke({"question": "q"})
+    assert len(set(said)) == 1
+
+
+def test_a_task_that_is_run_again_samples_as_before(exported: tuple[Path, Trainer]) -> None:
+    """A run that was interrupted repeats its node, and what the node asked, from its beginning."""
+    asked: list[list[str]] = []
+
+    def ask(state: dict[str, Any]) -> dict[str, Any]:
+        asked.append([own_model.invoke("write something").text for _ in range(3)])
+        interrupt("go on?")
+        return {"answer": "".join(asked[-1])}
+
+    graph = StateGraph(DuoState).add_node("planner", lambda state: {}).add_node("actor", ask)
+    app = graph.add_edge(START, "planner").add_edge("planner", "actor")
+    sampling = bind(app.compile(checkpointer=InMemorySaver()), exported[0], temperature=1.0)
+    for thread in ("1", "2"):
+        settings: RunnableConfig = {"configurable": {"thread_id": thread}}
+        sampling.invoke({"question": "q"}, settings)
+        sampling.invoke(Command(resume=True), settings)
+    assert asked[0] == asked[1] != asked[2] == asked[3]
+    assert len(set(asked[0])) == 3
 
 
 def test_binding_leaves_langchain_and_the_app_as_they_were(

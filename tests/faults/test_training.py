@@ -117,6 +117,7 @@ def test_a_run_in_which_too_many_episodes_fail_stops_with_the_top_reasons(
     settings = config(
         tiny_model,
         examples_per_iteration=len(kinds),
+        advantage="gae",
         group_size=1,
         max_failed_share=0.5,
         nodes=("worker",),

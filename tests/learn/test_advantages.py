@@ -340,3 +340,25 @@ def test_normalized_advantages_are_centred(values: list[float]) -> None:
     assert abs(result.mean().item()) < 1e-6  # the mean of about 5 is not added back
     if given_values.std() > 1e-3:
         assert result.square().mean().item() == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("offset", [1e6, 1e9, -1e12])
+def test_advantages_tell_returns_apart_that_are_large_against_what_they_differ_by(
+    offset: float,
+) -> None:
+    returns_N = torch.tensor([offset, offset + 1, offset + 3], dtype=torch.float64)
+    expected = [-4 / 3, -1 / 3, 5 / 3]
+    found = group_advantages(returns_N, "aaa", scale=False)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(expected, abs=1e-3)
+    deviation = math.sqrt(sum(x * x for x in expected) / 3)
+    assert normalize(returns_N).tolist() == pytest.approx(
+        [x / deviation for x in expected], abs=1e-3
+    )
+
+
+def test_sums_in_another_order_are_equal() -> None:
+    returns_N = torch.tensor([0.1 + 0.2, 0.3, 0.3], dtype=torch.float64)
+    assert returns_N[0] != returns_N[1]
+    assert group_advantages(returns_N, "aaa", scale=True).tolist() == [0.0, 0.0, 0.0]
+    assert normalize(returns_N).tolist() == [0.0, 0.0, 0.0]

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from marft_graph.errors import OutOfMemoryError
+from marft_graph.errors import CheckpointError, OutOfMemoryError
+from marft_graph.learn import memory
 from marft_graph.learn.memory import update_within_memory
+from marft_graph.learn.sizing import HostMemory
 from marft_graph.learn.update import Learner
 from marft_graph.policy.rows import Row
 from tests.learn.test_update import AGENTS, learner, sampled_episodes
@@ -84,6 +86,43 @@ def test_memory_that_runs_out_after_the_first_steps_undoes_them(
             assert parameter.grad is None
     assert own.state().keys() == moments.keys()
     assert all(torch.equal(value, moments[name]) for name, value in own.state().items())
+
+
+def test_an_update_for_which_there_is_memory_writes_no_file(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, own = learner(tiny_model)
+    episodes = sampled_episodes(policy, 4)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    update_within_memory(own, own._team, episodes, 1)
+
+
+def test_weights_that_are_large_for_the_memory_go_to_a_file_that_is_deleted(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, own = learner(tiny_model, microbatch_tokens=4096)
+    episodes = sampled_episodes(policy, 8)
+    monkeypatch.setattr(HostMemory, "free", lambda self: 1000)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match="cannot write"):
+        update_within_memory(own, own._team, episodes, 1)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    short_of_memory(monkeypatch, 60, MemoryError())
+    written: list[Path] = []
+    update, put_back = Learner.update, memory._Snapshot.put_back
+
+    def watched(*args: Any) -> Any:
+        written.extend(tmp_path.rglob("before.safetensors"))
+        return update(*args)
+
+    undone: list[int] = []
+    monkeypatch.setattr(Learner, "update", watched)
+    monkeypatch.setattr(
+        memory._Snapshot, "put_back", lambda *args: undone.append(1) or put_back(*args)
+    )
+    update_within_memory(own, own._team, episodes, 1)
+    assert len(written) == len(undone) + 1 > 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_errors_pass_through(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
