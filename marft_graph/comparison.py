@@ -29,6 +29,7 @@ from marft_graph.evaluation import (
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.names import agent_path
 from marft_graph.policy.team import Team
+from marft_graph.rollout.inputs import AppInputs
 from marft_graph.rollout.rewards import Rewards
 from marft_graph.run.paired import PairedDifference, paired_difference
 
@@ -153,6 +154,7 @@ def compare(
         ExportError, ModelError, DatasetError, EpisodesFailedError, RewardError: as in evaluation.
     """
     prices = dict(prices or {})
+    given = AppInputs(inputs=inputs)
     reference = _reference(policies, against, prices)
     app = as_compiled(graph)
     examples = as_examples(dataset, "dataset", config.eval_examples or None)
@@ -163,23 +165,25 @@ def compare(
             constrain_output=manifests[0].constrain_output,
         )
     exported = dict.fromkeys(node for manifest in manifests for node in manifest.nodes)
-    nodes = tuple(exported) or _trained_nodes(app, examples, inputs, config)
+    nodes = tuple(exported) or _trained_nodes(app, examples, given, config)
     episodes: dict[str, list[Episode]] = {}
     for name, source in policies.items():
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             "reward": reward,
             "config": config,
-            "inputs": inputs,
+            "given": given,
             "greedy": greedy,
             "group_size": episodes_per_example,
         }
         if str(source) == OWN:
-            given["config"] = config.replace(concurrency=min(own_concurrency, config.concurrency))
-            episodes[name] = held_out_episodes(app, examples, engine=None, nodes=nodes, **given)
+            options["config"] = config.replace(concurrency=min(own_concurrency, config.concurrency))
+            episodes[name] = held_out_episodes(app, examples, engine=None, nodes=nodes, **options)
         elif str(source) == BASE:
-            episodes[name] = _base_episodes(app, examples, nodes, config, base_model, given)
+            episodes[name] = _base_episodes(app, examples, nodes, config, base_model, options)
         else:
-            episodes[name] = export_episodes(app, source, examples, base_model=base_model, **given)
+            episodes[name] = export_episodes(
+                app, source, examples, base_model=base_model, **options
+            )
     figures = tuple(_figures(name, episodes[name], prices.get(name), greedy) for name in policies)
     others = [name for name in policies if name != reference]
     changed = sorted(
@@ -211,13 +215,13 @@ def _reference(
 
 
 def _trained_nodes(
-    app: Any, examples: Sequence[Mapping[str, Any]], inputs: Inputs, config: TrainConfig
+    app: Any, examples: Sequence[Mapping[str, Any]], given: AppInputs, config: TrainConfig
 ) -> tuple[str, ...]:
     """The nodes that would be trained, found as the trainer finds them."""
     found = compile_graph(app)
     if not found.agents or found.uncertain or set(config.nodes) - set(found.agents):
         shown = [examples[i] for i in range(min(8, len(examples)))]
-        found = compile_graph(app, shown, inputs)
+        found = compile_graph(app, shown, given.inputs)
     return found.training(config.nodes).agents
 
 
@@ -227,7 +231,7 @@ def _base_episodes(
     nodes: Sequence[str],
     config: TrainConfig,
     base_model: str | None,
-    given: dict[str, Any],
+    options: dict[str, Any],
 ) -> list[Episode]:
     """A fresh adapter changes nothing: a team of them is the base model."""
     own = {
@@ -245,7 +249,7 @@ def _base_episodes(
     adapters = {node: agent.name for agent in agents for node in agent.nodes}
     try:
         return held_out_episodes(
-            app, examples, engine=engine, nodes=nodes, adapters=adapters, **given
+            app, examples, engine=engine, nodes=nodes, adapters=adapters, **options
         )
     finally:
         engine.close()

@@ -22,6 +22,7 @@ import yaml
 
 from marft_graph.episode import LARGEST_REWARD
 from marft_graph.errors import ConfigError
+from marft_graph.rollout.settings import RolloutSettings
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 """What `trackers` may name; each is the name of the package too."""
@@ -464,20 +465,25 @@ class TrainConfig:
         return _plain(values)
 
 
-def rollout_settings(config: TrainConfig) -> dict[str, Any]:
-    """What `run_episodes` is told of these settings, in training and in every evaluation."""
-    return {
-        "concurrency": config.concurrency,
-        "episode_timeout": config.episode_timeout,
-        "call_timeout": config.call_timeout,
-        "reward_timeout": config.reward_timeout,
-        "reward_concurrency": config.reward_concurrency,
-        "temperature": config.temperature,
-        "max_new_tokens": config.max_new_tokens,
-        "constrain_output": config.constrain_output,
-        "fault_rewards": fault_rewards_of(config.fault_rewards),
-        "reward_errors": config.reward_errors,
-    }
+def rollout_settings(config: TrainConfig, *, greedy: bool = False) -> RolloutSettings:
+    """What a rollout takes of these settings, in training and in every evaluation.
+
+    Args:
+        config: the run's settings.
+        greedy: take the most likely token, whatever else is set.
+    """
+    return RolloutSettings(
+        concurrency=config.concurrency,
+        episode_timeout=config.episode_timeout,
+        call_timeout=config.call_timeout,
+        reward_timeout=config.reward_timeout,
+        reward_concurrency=config.reward_concurrency,
+        temperature=0.0 if greedy else config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        constrain_output=config.constrain_output,
+        fault_rewards=fault_rewards_of(config.fault_rewards),
+        reward_errors=config.reward_errors,
+    )
 
 
 def fault_rewards_of(entries: tuple[str, ...]) -> dict[str, float]:

@@ -24,8 +24,9 @@ from marft_graph.episode import Episode
 from marft_graph.errors import EpisodesFailedError, ExportError, UnknownNodeError
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
+from marft_graph.rollout.episodes import Rollout
+from marft_graph.rollout.inputs import AppInputs
 from marft_graph.rollout.rewards import Rewards
-from marft_graph.rollout.runner import run_episodes
 
 EVAL_SEED = 2**31 - 1
 """Every evaluation samples with it, so that evaluations of a run compare like with like."""
@@ -122,7 +123,7 @@ def evaluate_export(
         dataset,
         reward=reward,
         config=config,
-        inputs=inputs,
+        given=AppInputs(inputs=inputs),
         greedy=greedy,
         base_model=base_model,
     )
@@ -136,7 +137,7 @@ def export_episodes(
     *,
     reward: Rewards,
     config: TrainConfig,
-    inputs: Callable[[Mapping[str, Any]], Any] | None = None,
+    given: AppInputs,
     greedy: bool = False,
     group_size: int = 1,
     base_model: str | None = None,
@@ -166,7 +167,7 @@ def export_episodes(
             adapters=manifest.nodes,
             reward=reward,
             config=settings,
-            inputs=inputs,
+            given=given,
             greedy=greedy,
             group_size=group_size,
         )
@@ -182,23 +183,20 @@ def held_out_episodes(
     nodes: Sequence[str],
     reward: Rewards,
     config: TrainConfig,
+    given: AppInputs,
     adapters: Mapping[str, str] | None = None,
-    inputs: Callable[[Mapping[str, Any]], Any] | None = None,
     greedy: bool = False,
     group_size: int = 1,
 ) -> list[Episode]:
     """Episodes of the first `config.eval_examples` examples, with the seeds of every evaluation."""
     count = min(config.eval_examples or len(examples), len(examples))
-    return run_episodes(
-        app,
-        [examples[i] for i in range(count)],
+    rollout = Rollout(
+        graph=app,
         engine=engine,
         reward=reward,
         nodes=nodes,
-        adapters=adapters,
-        inputs=inputs,
-        seed=EVAL_SEED,
-        group_size=group_size,
-        greedy=greedy,
-        **rollout_settings(config),
+        adapters=adapters or {},
+        given=given,
+        settings=rollout_settings(config, greedy=greedy),
     )
+    return rollout.run([examples[i] for i in range(count)], seed=EVAL_SEED, group_size=group_size)

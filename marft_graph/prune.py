@@ -6,7 +6,6 @@ against: the whole team with it against the team without it, on the same example
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from marft_graph.deploy.manifest import read_manifest
 from marft_graph.engine.routing import local_engine
 from marft_graph.evaluation import held_out_episodes
 from marft_graph.graph.compile import as_compiled
+from marft_graph.rollout.inputs import AppInputs
 from marft_graph.rollout.rewards import Rewards
 from marft_graph.run.paired import PairedDifference
 
@@ -29,7 +29,7 @@ def gain_of_each_adapter(
     *,
     reward: Rewards,
     config: TrainConfig,
-    inputs: Callable[[Mapping[str, Any]], Any] | None = None,
+    given: AppInputs,
 ) -> dict[str, PairedDifference]:
     """By adapter: the team's return with it, minus that with the app's own model in its nodes.
 
@@ -54,7 +54,7 @@ def gain_of_each_adapter(
             adapters=manifest.nodes,
             reward=reward,
             config=settings,
-            inputs=inputs,
+            given=given,
         )
 
     try:

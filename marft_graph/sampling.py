@@ -28,9 +28,9 @@ from marft_graph.learn.groups import without_equal_groups
 from marft_graph.policy.team import Weights
 from marft_graph.ranks import Ranks
 from marft_graph.rollout.cancellation import Cancellation
-from marft_graph.rollout.inputs import InputFunction
+from marft_graph.rollout.episodes import Rollout
+from marft_graph.rollout.inputs import AppInputs
 from marft_graph.rollout.rewards import RewardFunction
-from marft_graph.rollout.runner import run_episodes
 from marft_graph.workers.rollouts import RolloutWorkers
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Sampler:
         data: where iterations take their examples.
         reward: of an episode.
         adapters: the trained nodes, and the name of each one's adapter.
-        inputs: makes the graph's input from an example, where its keys do not fit.
+        given: how the app is called.
         ranks: processes that share the episodes.
         base: holds what the engine needs of the base model while episodes run.
     """
@@ -76,7 +76,7 @@ class Sampler:
         *,
         reward: RewardFunction,
         adapters: Mapping[str, str],
-        inputs: InputFunction | None,
+        given: AppInputs,
         ranks: Ranks,
         base: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
@@ -87,7 +87,7 @@ class Sampler:
         self._config = config
         self._reward = reward
         self._adapters = dict(adapters)
-        self._inputs = inputs
+        self._given = given
         self._ranks = ranks
         self._turn = threading.Lock()
         self._published: Weights | None = None
@@ -172,21 +172,17 @@ class Sampler:
                     greedy=greedy,
                     cancellation=cancellation,
                 )
-            return run_episodes(
-                self._graph,
-                own,
+            rollout = Rollout(
+                graph=self._graph,
                 engine=self._engine,
                 reward=self._reward,
                 nodes=list(self._adapters),
                 adapters=self._adapters,
-                inputs=self._inputs,
-                seed=seed,
-                first_example=share.start,
-                group_size=group_size,
-                greedy=greedy,
+                given=self._given,
+                settings=rollout_settings(self._config, greedy=greedy),
                 cancellation=cancellation,
-                **rollout_settings(self._config),
             )
+            return rollout.run(own, seed=seed, first_example=share.start, group_size=group_size)
 
         with self._base():
             return self._ranks.together(lambda: run() if own else [])

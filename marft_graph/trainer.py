@@ -49,6 +49,7 @@ from marft_graph.policy.fingerprint import fingerprint
 from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team, Weights
 from marft_graph.ranks import Ranks, check_ranks, own_folder
+from marft_graph.rollout.inputs import AppInputs
 from marft_graph.rollout.quiescence import hung_threads
 from marft_graph.rollout.rewards import Rewards, as_reward_function, mean_parts
 from marft_graph.rollout.runner import check_examples
@@ -164,10 +165,11 @@ class Trainer:
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
         found = compile_graph(self.graph)
         self._reward = as_reward_function(reward)
+        given = AppInputs(inputs=inputs)
         self._app = None
         if self.config.rollout_workers:
             prepare_ray(self.config.ray_address)
-            self._app = pack_app(self.graph, self._reward, inputs, target)
+            self._app = pack_app(self.graph, self._reward, given, target)
         self._data = training_data(train_dataset, self.config.seed)
         shown = self._data.peek(_SHOWN_EXAMPLES)
         self._eval = None
@@ -229,7 +231,7 @@ class Trainer:
                 self.config,
                 reward=self._reward,
                 adapters={node: self.flex_mg.adapter(node) for node in self.nodes},
-                inputs=inputs,
+                given=given,
                 ranks=self._ranks,
                 # Each process decodes in its own steps: the local engine needs the whole base.
                 base=self.team.whole if self.config.engine == "local" else contextlib.nullcontext,

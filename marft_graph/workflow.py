@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +17,7 @@ from marft_graph.apps.importing import import_problem, load_module
 from marft_graph.apps.langgraph_json import read_langgraph_json
 from marft_graph.config import read_yaml
 from marft_graph.errors import GraphError, WorkflowError
+from marft_graph.rollout.inputs import AppInputs
 from marft_graph.rollout.rewards import as_reward_function
 
 
@@ -32,6 +33,10 @@ class Workflow:
     inputs: Callable[[Mapping[str, Any]], Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     """The parsed config.yaml; a relative `base_model` that exists is made absolute."""
+
+    def parts(self) -> dict[str, Any]:
+        """What its task.py says of how the app is called, by the names of `AppInputs`."""
+        return {spec.name: getattr(self, spec.name) for spec in fields(AppInputs)}
 
 
 def load_target(target: str) -> Workflow:

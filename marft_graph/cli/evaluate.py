@@ -108,6 +108,7 @@ def evaluate(
         return
 
     from marft_graph.evaluation import export_episodes, summarize
+    from marft_graph.rollout.inputs import AppInputs
 
     for choice in (False, True) if greedy is None else (greedy,):
         episodes = export_episodes(
@@ -116,7 +117,7 @@ def evaluate(
             held_out,
             reward=reward,
             config=config,
-            inputs=target.inputs,
+            given=AppInputs(**target.parts()),
             greedy=choice,
             group_size=repeat,
             base_model=base_model,

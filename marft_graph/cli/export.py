@@ -60,6 +60,7 @@ def _improved(run: Path, workflow: str) -> dict[str, Any]:
     from marft_graph.deploy.export import export_run
     from marft_graph.deploy.manifest import read_manifest
     from marft_graph.prune import gain_of_each_adapter
+    from marft_graph.rollout.inputs import AppInputs
 
     target, load_data, reward = load_task(workflow)
     settings = dict(target.settings)
@@ -75,7 +76,7 @@ def _improved(run: Path, workflow: str) -> dict[str, Any]:
             held_out,
             reward=reward,
             config=TrainConfig.from_mapping(settings),
-            inputs=target.inputs,
+            given=AppInputs(**target.parts()),
         )
         nodes = read_manifest(whole).nodes
     for adapter, gain in gains.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from langgraph.graph.state import CompiledStateGraph
@@ -14,6 +15,14 @@ from marft_graph.errors import DatasetError
 from marft_graph.rollout.rewards import shown
 
 InputFunction = Callable[[Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppInputs:
+    """How the app is called: what each part of a call is, or the function of an example for it."""
+
+    inputs: InputFunction | None = None
+    """The graph's input; None: the example's keys that its input has."""
 
 
 def graph_inputs(

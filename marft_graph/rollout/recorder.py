@@ -35,6 +35,7 @@ from marft_graph.rollout.emit import Emitted
 from marft_graph.rollout.intercept import Delegate, InterceptedCall, Pending, Responder
 from marft_graph.rollout.quiescence import Quiescence
 from marft_graph.rollout.rewards import finite_number
+from marft_graph.rollout.settings import RolloutSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +168,7 @@ class EpisodeRecorder(Responder):
         engine: None: the app's own models answer, and their calls are kept without token ids.
         agent_of: node path to adapter name; None: the node keeps its own model.
         order: where the episode stands among all (example, group), for the engine's batches.
-        timeout: seconds until the episode's deadline.
-        call_timeout: seconds that one call may take; None: any time.
+        settings: of the rollout.
     """
 
     def __init__(
@@ -180,11 +180,7 @@ class EpisodeRecorder(Responder):
         *,
         seed: int,
         order: tuple[int, int],
-        temperature: float | None,
-        max_new_tokens: int,
-        constrain_output: bool,
-        timeout: float,
-        call_timeout: float | None,
+        settings: RolloutSettings,
     ) -> None:
         self.calls: list[RecordedCall] = []
         self.emitted: list[Emitted] = []
@@ -197,12 +193,9 @@ class EpisodeRecorder(Responder):
         self._quiescence = quiescence
         self._seed = seed
         self._order = order
-        self._temperature = temperature
-        self._max_new_tokens = max_new_tokens
-        self._constrain_output = constrain_output
+        self._settings = settings
         self._started = time.monotonic()
-        self._deadline = self._started + timeout
-        self._call_timeout = call_timeout
+        self._deadline = self._started + settings.episode_timeout
         self._clock = itertools.count()
         self._lock = threading.Lock()
         self._repeats: Counter[tuple[Any, ...]] = Counter()
@@ -249,10 +242,10 @@ class EpisodeRecorder(Responder):
                 prompt_ids=prompt_ids,
                 seed=seed,
                 order=(*self._order, call.node, call.step, str(lineage), seed),
-                temperature=self._temperature,
-                max_new_tokens=self._max_new_tokens,
-                constrain_output=self._constrain_output,
-                timeout=self._call_timeout,
+                temperature=self._settings.temperature,
+                max_new_tokens=self._settings.max_new_tokens,
+                constrain_output=self._settings.constrain_output,
+                timeout=self._settings.call_timeout,
             )
             future = self._engine.submit(request)
         except MarftError as error:

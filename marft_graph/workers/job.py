@@ -1,11 +1,12 @@
 """What a rollout worker is told: the app, who is trained, which adapters, which examples.
 
-Everything here travels between processes. The user's graph, reward and inputs do so as a path that
+Everything here travels between processes. The user's code does so as a path that
 every worker imports for itself, or else pickled.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from marft_graph.config import TrainConfig
 from marft_graph.engine.vllm.calls import Publication
 from marft_graph.engine.vllm.client import ServersForWorkers
 from marft_graph.errors import WorkflowError
-from marft_graph.rollout.inputs import InputFunction
+from marft_graph.rollout.inputs import AppInputs
 from marft_graph.rollout.rewards import RewardFunction
 from marft_graph.workflow import load_target
 
@@ -33,33 +34,36 @@ _WHAT_WOULD_DO = (
 class App:
     """The user's code as a worker gets it.
 
-    With a `target`, its graph, reward and inputs are used; what it does not have is unpickled.
+    With a `target`, what its files define is used; what they do not have is unpickled.
     """
 
     target: str | None
     parts: Mapping[str, bytes]
-    """`graph`, `reward` and `inputs`, pickled; those that there are."""
+    """`graph`, `reward` and the fields of `AppInputs`, pickled; those that there are."""
 
-    def load(self) -> tuple[Any, RewardFunction, InputFunction | None]:
-        """Graph, reward and inputs, in the process that calls this.
+    def load(self) -> tuple[Any, RewardFunction, AppInputs]:
+        """Graph, reward and what the app is called with, in the process that calls this.
 
         Raises:
             WorkflowError: something cannot be imported here.
         """
-        graph = reward = inputs = None
+        graph = reward = None
+        parts: dict[str, Any] = {}
         if self.target is not None:
             found = load_target(self.target)
-            graph, reward, inputs = found.graph, found.reward, found.inputs
+            graph, reward, parts = found.graph, found.reward, found.parts()
         graph = self._unpickled("graph") if graph is None else graph
         reward = self._unpickled("reward") if reward is None else reward
-        inputs = self._unpickled("inputs") if inputs is None else inputs
+        for spec in dataclasses.fields(AppInputs):
+            if parts.get(spec.name) is None:
+                parts[spec.name] = self._unpickled(spec.name)
         if graph is None or reward is None:
             missing = "graph" if graph is None else "reward"
             raise WorkflowError(
                 f"{self.target} has no {missing}, and the one that the trainer was given cannot be "
                 "pickled; define it in the workflow folder's task.py"
             )
-        return graph, reward, inputs
+        return graph, reward, AppInputs(**parts)
 
     def _unpickled(self, name: str) -> Any:
         if name not in self.parts:
@@ -76,26 +80,25 @@ class App:
             ) from error
 
 
-def pack_app(
-    graph: Any, reward: RewardFunction, inputs: InputFunction | None, target: str | None
-) -> App:
+def pack_app(graph: Any, reward: RewardFunction, given: AppInputs, target: str | None) -> App:
     """The user's code, ready to travel.
 
     Args:
         graph: a compiled app.
         reward: one reward function.
-        inputs: makes the graph's input, where there is such a function.
-        target: where workers load all three from, as the command line takes it; None: they are
+        given: how the app is called.
+        target: where workers load all of it from, as the command line takes it; None: it is
             pickled.
 
     Raises:
-        WorkflowError: one cannot be pickled, and there is no `target`.
+        WorkflowError: something cannot be pickled, and there is no `target`.
     """
-    given = {"reward": reward} if inputs is None else {"reward": reward, "inputs": inputs}
+    values = {spec.name: getattr(given, spec.name) for spec in dataclasses.fields(given)}
+    needed = {"reward": reward, **{name: v for name, v in values.items() if v is not None}}
     if target is None:
-        given = {"graph": graph, **given}
+        needed = {"graph": graph, **needed}
     parts = {}
-    for name, value in given.items():
+    for name, value in needed.items():
         try:
             parts[name] = pickled(value)
         except Exception as error:  # objects say in many ways that they cannot be pickled

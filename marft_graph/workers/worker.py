@@ -21,7 +21,7 @@ from marft_graph.engine.vllm.client import VersionClient
 from marft_graph.episode import Episode
 from marft_graph.errors import EngineError
 from marft_graph.policy.team import Team
-from marft_graph.rollout.runner import run_episodes
+from marft_graph.rollout.episodes import Rollout
 from marft_graph.workers.job import Job, Offer, Work
 
 _OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -46,7 +46,7 @@ class RolloutWorker:
         for name in _OF_RANKS:  # it is none of the processes that train together
             os.environ.pop(name, None)
         self._job = job
-        self._graph, self._reward, self._inputs = job.app.load()
+        self._graph, self._reward, self._given = job.app.load()
         self._models: _OwnModels | _Servers = (
             _OwnModels(job) if job.servers is None else _Servers(job)
         )
@@ -74,19 +74,20 @@ class RolloutWorker:
             self._offer = ""
             self._models.take(offer)
             self._offer = offer.name
-        episodes = run_episodes(
-            self._graph,
-            work.examples,
+        rollout = Rollout(
+            graph=self._graph,
             engine=self._models.engine,
             reward=self._reward,
             nodes=self._job.nodes,
             adapters=self._job.adapters,
-            inputs=self._inputs,
+            given=self._given,
+            settings=rollout_settings(self._job.config, greedy=work.greedy),
+        )
+        episodes = rollout.run(
+            work.examples,
             seed=work.seed,
             first_example=work.first_example,
             group_size=work.group_size,
-            greedy=work.greedy,
-            **rollout_settings(self._job.config),
         )
         return [replace(episode, state=None) for episode in episodes]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from marft_graph.engine.routing import local_engine
 from marft_graph.episode import Episode
 from marft_graph.errors import DatasetError, RewardError
 from marft_graph.policy.team import Team
+from marft_graph.rollout.inputs import AppInputs
 from marft_graph.run.tracking import read_metrics
 from marft_graph.workers.job import pack_app
 from marft_graph.workers.rollouts import RolloutWorkers
@@ -94,7 +96,7 @@ def team(tiny_model: Path) -> Team:
 
 
 def workers(team: Team, settings: TrainConfig, rewarded: Callable[..., float]) -> RolloutWorkers:
-    app = pack_app(duo(), rewarded, None, None)
+    app = pack_app(duo(), rewarded, AppInputs(), None)
     agents = agents_of(NODES, settings)
     return RolloutWorkers(app, NODES, team, agents, settings, None)
 
@@ -115,7 +117,7 @@ def undisturbed(team: Team, settings: TrainConfig) -> list[Episode]:
             nodes=NODES,
             seed=7,
             group_size=2,
-            **rollout_settings(settings),
+            **dataclasses.asdict(rollout_settings(settings)),
         )
     finally:
         engine.close()

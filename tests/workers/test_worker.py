@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import socket
 import threading
@@ -23,6 +24,7 @@ from marft_graph.engine.vllm.engine import vllm_engine
 from marft_graph.episode import Episode
 from marft_graph.errors import ConfigError, EngineError, MarftError, RewardError, WorkflowError
 from marft_graph.policy.team import Team
+from marft_graph.rollout.inputs import AppInputs
 from marft_graph.rollout.runner import run_episodes
 from marft_graph.workers.cluster import _told
 from marft_graph.workers.job import App, Job, Offer, Work, pack_app
@@ -78,7 +80,7 @@ def job(settings: TrainConfig, **changes: Any) -> Job:
     agents = agents_of(NODES, settings)
     plain = Job(
         release=marft_graph.__version__,
-        app=pack_app(duo(), reward, None, None),
+        app=pack_app(duo(), reward, AppInputs(), None),
         nodes=NODES,
         adapters=adapters_of(agents),
         agents=agents,
@@ -125,7 +127,7 @@ def test_portions_of_workers_are_the_episodes_of_one_process(
         nodes=NODES,
         seed=7,
         group_size=2,
-        **rollout_settings(config(tiny_model)),
+        **dataclasses.asdict(rollout_settings(config(tiny_model))),
     )
     engine.close()
     offer = offered(team)
@@ -211,7 +213,7 @@ def test_a_graph_that_cannot_be_pickled_is_refused_and_told_what_would_do(
 def test_a_reward_that_cannot_be_pickled_is_named() -> None:
     lock = threading.Lock()
     with pytest.raises(WorkflowError, match="the reward cannot be sent"):
-        pack_app(duo(), lambda example, state: lock.locked(), None, None)
+        pack_app(duo(), lambda example, state: lock.locked(), AppInputs(), None)
 
 
 def test_with_a_target_the_worker_imports_what_cannot_be_pickled(tmp_path: Path) -> None:
@@ -221,19 +223,19 @@ def test_with_a_target_the_worker_imports_what_cannot_be_pickled(tmp_path: Path)
         "def inputs(example):\n    return {'messages': [example['question']]}\n",
         encoding="utf-8",
     )
-    graph, rewarded, inputs = pack_app(
-        holding_a_lock(), threading.Lock().locked, None, str(tmp_path)
+    graph, rewarded, given = pack_app(
+        holding_a_lock(), threading.Lock().locked, AppInputs(), str(tmp_path)
     ).load()
     assert "answer" in graph.nodes
     assert rewarded({}, {}) == 0.25
-    assert inputs is not None
-    assert inputs({"question": "q"}) == {"messages": ["q"]}
+    assert given.inputs is not None
+    assert given.inputs({"question": "q"}) == {"messages": ["q"]}
 
 
 def test_what_a_target_does_not_have_is_unpickled_or_missed(tmp_path: Path) -> None:
     file = tmp_path / "app.py"
     file.write_text(FOLDER, encoding="utf-8")
-    packed = pack_app(holding_a_lock(), reward, None, f"{file}:graph")
+    packed = pack_app(holding_a_lock(), reward, AppInputs(), f"{file}:graph")
     assert packed.load()[1] is reward
     with pytest.raises(WorkflowError, match=r"app\.py:graph has no reward"):
         replace(packed, parts={}).load()

@@ -1,0 +1,263 @@
+"""One episode: a run of the app on one example, from its input to an `Episode`.
+
+What becomes of a failure is decided here; how many episodes run, and their rewards, in `runner`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.pregel import Pregel
+
+from marft_graph.engine.base import Engine
+from marft_graph.episode import Call, Episode, Reward
+from marft_graph.errors import EpisodeTimeoutError, RewardError
+from marft_graph.names import adapter_name, agent_path
+from marft_graph.rollout.emit import shares
+from marft_graph.rollout.intercept import intercepting
+from marft_graph.rollout.labels import Labels
+from marft_graph.rollout.quiescence import Quiescence
+from marft_graph.rollout.recorder import EpisodeRecorder, RecordedCall, TaskWatch, readable
+from marft_graph.rollout.rewards import shown
+from marft_graph.rollout.settings import RolloutSettings
+from marft_graph.rollout.trace import CallMark, Event, GraphShape, is_last_attempt, trace_episode
+
+_CANCEL_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One episode that is to be run."""
+
+    example: Mapping[str, Any]
+    value: Any
+    example_index: int
+    group: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What all episodes of one rollout share."""
+
+    graph: Pregel[Any, Any, Any, Any]
+    shape: GraphShape
+    engine: Engine | None
+    labels: Labels
+    trained: frozenset[str]
+    """Agent paths; empty: every node that calls a model."""
+    adapters: Mapping[str, str]
+    settings: RolloutSettings
+
+    def agent_of(self, node: str) -> str | None:
+        """Adapter of a node path, if the node is trained."""
+        agent = agent_path(node)
+        if self.trained and agent not in self.trained:
+            return None
+        return self.adapters.get(agent, adapter_name(agent))
+
+
+class EpisodeRun:
+    """One run of the app, from its input to an `Episode`."""
+
+    def __init__(self, shared: Shared, plan: Plan, quiescence: Quiescence) -> None:
+        self._shared = shared
+        self._plan = plan
+        self._watch = TaskWatch()
+        self._recorder = EpisodeRecorder(
+            shared.engine,
+            shared.agent_of,
+            self._watch,
+            quiescence,
+            seed=plan.seed,
+            order=(plan.example_index, plan.group),
+            settings=shared.settings,
+        )
+        self._events: list[Event] = []
+        self._state: Any = None
+        self._error: BaseException | None = None
+        self._is_interrupted = False
+
+    async def play(self) -> None:
+        """Run the app until its end, its failure or its deadline."""
+        timeout = self._shared.settings.episode_timeout
+        with intercepting(self._recorder) as metadata:
+            task = asyncio.ensure_future(self._stream(metadata))
+            try:
+                done, _ = await asyncio.wait([task], timeout=timeout)
+                if done:
+                    self._error = task.exception()
+                    return
+                self._recorder.end()
+                self._error = EpisodeTimeoutError(
+                    f"the episode took longer than {timeout:g} seconds (episode_timeout)"
+                )
+                task.cancel()
+                await asyncio.wait([task], timeout=_CANCEL_SECONDS)
+            finally:
+                task.cancel()
+                self._recorder.end()
+
+    async def _stream(self, metadata: dict[str, str]) -> None:
+        graph = self._shared.graph
+        if graph.checkpointer:  # the app's own store is not for training runs
+            graph = graph.copy(update={"checkpointer": InMemorySaver()})
+        config: Any = {
+            "configurable": {"thread_id": str(uuid.uuid4())},
+            "metadata": metadata,
+            "callbacks": [self._watch],
+        }
+        stream = graph.astream(
+            self._plan.value, config, stream_mode=["tasks", "values"], subgraphs=True
+        )
+        async for item in stream:
+            namespace, mode, payload = cast("tuple[tuple[str, ...], str, Any]", item)
+            self._events.append(Event(namespace, mode, payload))
+            if mode == "values" and not namespace:
+                self._state = payload
+            elif mode == "tasks" and payload.get("interrupts"):
+                self._is_interrupted = True
+
+    def episode(self) -> Episode:
+        """What is left of the run.
+
+        Raises:
+            RewardError: a node emitted what is no reward.
+        """
+        status, error, earned = self._outcome()
+        attempts = dict(self._watch.attempts())
+        recorded = self._recorder.calls.copy()
+        marks = [_mark(call) for call in recorded]
+        emitted = [e for e in self._recorder.emitted if is_last_attempt(e.attempts, attempts)]
+        emitted = emitted if status == "ok" else []
+        trace = trace_episode(
+            self._events, marks, self._shared.shape, attempts, {e.namespace for e in emitted}
+        )
+        calls = [
+            _call(recorded[position], index, parents)
+            for index, (position, parents) in enumerate(trace.order)
+        ]
+        if emitted:
+            namespaces = [marks[position].namespace for position, _ in trace.order]
+            parents_of = [parents for _, parents in trace.order]
+            own, unclaimed = shares(emitted, namespaces, parents_of, trace.inputs)
+            calls = [replace(c, reward=r) for c, r in zip(calls, own, strict=True)]
+        else:
+            unclaimed = 0.0
+        return Episode(
+            example=self._plan.example,
+            calls=tuple(calls),
+            outcome_reward=unclaimed + earned,
+            state=self._state if status == "ok" else None,
+            status=status,
+            error=error,
+            seed=self._plan.seed,
+            example_index=self._plan.example_index,
+        )
+
+    def _outcome(self) -> tuple[str, str, float]:
+        """Status, error and what an error that is the policy's own fault earns."""
+        error = self._error
+        if isinstance(self._recorder.fatal, RewardError):
+            raise RewardError(f"{self._recorder.fatal}, on example {shown(self._plan.example)}")
+        if isinstance(error, EpisodeTimeoutError):
+            return "failed: timeout", str(error), 0.0
+        error = self._recorder.fatal or error
+        if error is None and self._is_interrupted:
+            return (
+                "failed: interrupt",
+                (
+                    "the app called interrupt() and waits for a person; train it with a graph that "
+                    "does not interrupt"
+                ),
+                0.0,
+            )
+        if error is None:
+            return "ok", "", 0.0
+        node = self._watch.node_of(error)
+        name = type(error).__name__
+        where = f" in {node}" if node else ""
+        text = f"{name}{where and f' in node {node!r}'}: {error}"
+        text = self._shared.labels.explained(text, error, self._plan.example)
+        for kind in type(error).__mro__:
+            if kind.__name__ in self._shared.settings.fault_rewards:
+                return "ok", text, self._shared.settings.fault_rewards[kind.__name__]
+        return f"failed: {name}{where}", text, 0.0
+
+
+def _mark(recorded: RecordedCall) -> CallMark:
+    steps = tuple(part[1:] for part in recorded.lineage)
+    return CallMark(
+        namespace=recorded.call.namespace,
+        begun=recorded.begun,
+        ended=recorded.ended,
+        key=(str(steps), recorded.call.node, recorded.request.seed),
+        attempts=recorded.attempts,
+    )
+
+
+def _call(recorded: RecordedCall, index: int, parents: tuple[int, ...]) -> Call:
+    call, request, completion = recorded.call, recorded.request, recorded.completion
+    return Call(
+        agent=call.agent,
+        node=call.node,
+        index=index,
+        parents=parents,
+        prompt_ids=request.prompt_ids,
+        completion_ids=completion.ids,
+        logprobs=completion.logprobs,
+        finish_reason=completion.finish_reason,
+        adapter_version=completion.adapter_version,
+        temperature=request.sampling.temperature,
+        messages=tuple(readable(message) for message in (*call.messages, recorded.message)),
+        task_id=call.task_id,
+        step=call.step,
+        seed=request.seed,
+        tools=call.tools,
+        usage=_usage(recorded),
+        grammar=request.grammar if completion.is_constrained else "",
+        started=recorded.started,
+        seconds=recorded.seconds,
+    )
+
+
+def reward_failure(error: RewardError) -> str:
+    """The status of an episode whose reward function failed.
+
+    >>> reward_failure(RewardError("the reward function raised KeyError: 'a'"))
+    'failed: RewardError'
+    """
+    cause = error.__cause__
+    inner = cause.__cause__ if isinstance(cause, RewardError) else cause
+    named = "" if inner is None else f": {type(inner).__name__}"
+    return f"failed: RewardError{named}"
+
+
+def _usage(recorded: RecordedCall) -> tuple[int, int] | None:
+    """Token counts as the app's own model reports them; None where token ids tell."""
+    counted = recorded.message.usage_metadata
+    if recorded.completion.ids or counted is None:
+        return None
+    return counted["input_tokens"], counted["output_tokens"]
+
+
+def with_reward(episode: Episode, reward: Reward) -> Episode:
+    """The episode with its reward; a node's own goes to the node's last call."""
+    calls = list(episode.calls)
+    for name, value in reward.nodes.items():
+        mine = [c.index for c in calls if name in (c.node, agent_path(c.node))]
+        if mine:
+            last = calls[mine[-1]]
+            calls[mine[-1]] = replace(last, reward=last.reward + value)
+    return replace(
+        episode,
+        calls=tuple(calls),
+        outcome_reward=episode.outcome_reward + reward.outcome,
+        node_rewards=dict(reward.nodes),
+        reward_parts=dict(reward.parts),
+    )

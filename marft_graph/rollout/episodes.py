@@ -1,0 +1,216 @@
+"""A rollout: many episodes at once, on an event loop of their own, each with its reward.
+
+It owns concurrency and what becomes of a reward that fails. It knows nothing of learning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from langgraph.pregel import Pregel
+
+from marft_graph.engine.base import Engine, SupportsGate
+from marft_graph.episode import Episode
+from marft_graph.errors import RewardError
+from marft_graph.graph.compile import as_compiled, compile_graph
+from marft_graph.graph.flex_mg import resolve_nodes
+from marft_graph.names import agent_path
+from marft_graph.rollout.cancellation import Cancellation
+from marft_graph.rollout.collector import fewer_collections
+from marft_graph.rollout.episode_run import (
+    EpisodeRun,
+    Plan,
+    Shared,
+    reward_failure,
+    with_reward,
+)
+from marft_graph.rollout.inputs import AppInputs, graph_inputs
+from marft_graph.rollout.labels import Labels, labels_of
+from marft_graph.rollout.quiescence import Quiescence
+from marft_graph.rollout.recorder import stable_seed
+from marft_graph.rollout.rewards import RewardCalls, Rewards, as_reward_function
+from marft_graph.rollout.settings import RolloutSettings
+from marft_graph.rollout.trace import GraphShape
+
+_WORKER_THREADS = 1024
+_CANCEL_SECONDS = 2.0
+
+
+class Rollout:
+    """An app with who answers it and how; the arguments are those of `run_episodes`.
+
+    Raises:
+        GraphError, UnknownNodeError: as in `run_episodes`.
+    """
+
+    def __init__(
+        self,
+        *,
+        graph: Any,
+        engine: Engine | None,
+        reward: Rewards | None,
+        nodes: Sequence[str],
+        adapters: Mapping[str, str],
+        given: AppInputs,
+        settings: RolloutSettings,
+        on_episode: Callable[[Episode], None] | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> None:
+        app = as_compiled(graph)
+        self._given = given
+        self._reward = None if reward is None else as_reward_function(reward)
+        self._on_episode = on_episode
+        self._cancellation = cancellation or Cancellation()
+        self._names = _node_names(app)
+        self._shared = Shared(
+            graph=app,
+            shape=GraphShape.of(app),
+            engine=engine,
+            labels=labels_of(app, self._reward) if given.inputs is None else Labels(),
+            trained=_trained(app, nodes),
+            adapters=adapters,
+            settings=settings,
+        )
+
+    def run(
+        self,
+        examples: Iterable[Mapping[str, Any]],
+        *,
+        seed: int = 0,
+        first_example: int = 0,
+        group_size: int = 1,
+    ) -> list[Episode]:
+        """The episodes of some examples, those of the first one first.
+
+        Raises:
+            DatasetError, RewardError, asyncio.CancelledError: as in `run_episodes`.
+        """
+        listed, values = graph_inputs(
+            self._shared.graph,
+            examples,
+            self._given.inputs,
+            withheld=self._shared.labels.withheld,
+        )
+        plans = [
+            Plan(example, value, index, group, stable_seed(seed, index, group))
+            for index, (example, value) in enumerate(
+                zip(listed, values, strict=True), first_example
+            )
+            for group in range(group_size)
+        ]
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return self._on_own_loop(plans)
+        # Called from a running loop, say a notebook
+        return _in_thread(lambda: self._on_own_loop(plans))
+
+    def _on_own_loop(self, plans: Sequence[Plan]) -> list[Episode]:
+        """Run all episodes on an event loop of their own."""
+        threads = 4 * self._shared.settings.concurrency + self._shared.settings.reward_concurrency
+        quiescence = Quiescence(min(_WORKER_THREADS, threads))
+        gated = self._shared.engine if isinstance(self._shared.engine, SupportsGate) else None
+        if gated is not None:
+            gated.use_gate(quiescence)
+        loop = quiescence.loop
+        try:
+            work = loop.create_task(self._all(plans, quiescence))
+            with fewer_collections(), self._cancellation.reaches(work):
+                return loop.run_until_complete(work)
+        finally:
+            if gated is not None:
+                gated.use_gate(None)
+            _cancel_all(loop)
+            quiescence.close()
+
+    async def _all(self, plans: Sequence[Plan], quiescence: Quiescence) -> list[Episode]:
+        places = asyncio.Semaphore(self._shared.settings.concurrency)
+        rewards = RewardCalls(
+            quiescence.workers,
+            timeout=self._shared.settings.reward_timeout,
+            concurrency=self._shared.settings.reward_concurrency,
+        )
+
+        async def one(plan: Plan) -> Episode:
+            async with places:
+                episode = await self._episode(plan, quiescence, rewards)
+            if self._on_episode is not None:
+                self._on_episode(episode)
+            return episode
+
+        return await asyncio.gather(*(one(plan) for plan in plans))
+
+    async def _episode(self, plan: Plan, quiescence: Quiescence, rewards: RewardCalls) -> Episode:
+        started = time.monotonic()
+        run = EpisodeRun(self._shared, plan, quiescence)
+        await run.play()
+        episode = run.episode()
+        if episode.ok and not episode.error and self._reward is not None:
+            named = self._names | {c.node for c in episode.calls}
+            named |= {agent_path(call.node) for call in episode.calls}
+            try:
+                reward = await rewards.call(self._reward, plan.example, episode.state, nodes=named)
+            except RewardError as error:
+                cause = error.__cause__
+                text = self._shared.labels.explained(str(error), cause, plan.example)
+                if self._shared.settings.reward_errors == "stop":
+                    raise RewardError(text) from cause
+                episode = replace(episode, status=reward_failure(error), error=text)
+                episode = replace(episode, state=None, outcome_reward=0.0)
+            else:
+                episode = with_reward(episode, reward)
+        return replace(episode, seconds=time.monotonic() - started)
+
+
+def _in_thread(work: Callable[[], list[Episode]]) -> list[Episode]:
+    outcome: list[list[Episode] | BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name="marft-rollout", daemon=True)
+    thread.start()
+    thread.join()
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _trained(graph: Pregel[Any, Any, Any, Any], nodes: Sequence[str] | None) -> frozenset[str]:
+    """Agent paths to train; empty: all."""
+    if not nodes:
+        return frozenset()
+    if set(nodes) <= _node_names(graph):
+        return frozenset(agent_path(node) for node in nodes)
+    return frozenset(resolve_nodes(compile_graph(graph), tuple(nodes), found_before=True))
+
+
+def _node_names(graph: Pregel[Any, Any, Any, Any], prefix: str = "") -> frozenset[str]:
+    """Paths of all nodes, those of graphs inside included, as nodes and as agents."""
+    names: set[str] = set()
+    for name, node in graph.nodes.items():
+        if name.startswith("__"):
+            continue
+        path = prefix + name
+        names |= {path, agent_path(path)}
+        if isinstance(node.bound, Pregel):
+            names |= _node_names(node.bound, f"{path}/")
+    return frozenset(names)
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel what an error or Ctrl-C left running, without waiting for ever."""
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks, timeout=_CANCEL_SECONDS))
+    loop.run_until_complete(loop.shutdown_asyncgens())

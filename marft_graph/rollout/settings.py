@@ -1,0 +1,37 @@
+"""The limits and choices of a rollout, in one value that is handed on whole.
+
+`run_episodes` makes it of its keyword arguments, `config.rollout_settings` of a run's settings;
+what comes below takes from it what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSettings:
+    """How episodes are run, sampled and rewarded; the same for all episodes of a rollout."""
+
+    concurrency: int = 256
+    """Episodes that run at once, at least 1."""
+    episode_timeout: float = 600.0
+    """Seconds that an episode may take."""
+    call_timeout: float | None = None
+    """Seconds that a model call may take, its time in the engine's queue included; None: any."""
+    reward_timeout: float = 60.0
+    """Seconds that one reward may take."""
+    reward_concurrency: int = 64
+    """Reward functions that run at once, at least 1."""
+    temperature: float | None = None
+    """Sampling temperature, at least 0; None: what the app asks for, else 1."""
+    max_new_tokens: int = 256
+    """Tokens of a completion where the app sets no limit, at least 1."""
+    constrain_output: bool = False
+    """Whether calls that ask for structured output can write nothing else."""
+    fault_rewards: Mapping[str, float] = field(default_factory=dict)
+    """By name of an exception's class: the outcome of an episode that it ends."""
+    reward_errors: Literal["stop", "drop"] = "stop"
+    """Whether a reward function that fails stops the rollout or drops its episode."""
