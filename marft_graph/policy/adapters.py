@@ -48,7 +48,7 @@ from marft_graph.policy.lora import BASE, AdapterValues, LoraLayers
 from marft_graph.policy.rows import Row, padded_ids, positions, seen
 from marft_graph.policy.segments import Segments, hiding, read_segments
 from marft_graph.policy.sharding import ShardedLayers
-from marft_graph.policy.step import StepDecoder
+from marft_graph.policy.step import StepDecoder, name_of_cache
 from marft_graph.ranks import Sharding
 
 T = TypeVar("T")
@@ -311,9 +311,11 @@ class Policy:
 
         `is_seen_BTT` says which tokens (third axis) a token (second) attends to; None: all before
         it. Causal attention never looks right, so padding after a row's end changes none of its
-        states.
+        states. `cache`: keys and values of the tokens before these, which takes those of these.
         """
         inputs.setdefault("use_cache", False)
+        if "cache" in inputs:
+            inputs[name_of_cache(type(self._decoder))] = inputs.pop("cache")
         if is_seen_BTT is not None:
             inputs["attention_mask"] = hiding(is_seen_BTT, self.dtype).unsqueeze(1)
         states: Tensor = self._decoder(input_ids=ids_BT, **inputs).last_hidden_state
@@ -368,7 +370,7 @@ class Policy:
             ids_B.unsqueeze(-1),
             is_seen_BTT=is_seen_B1L,
             position_ids=position_B.unsqueeze(-1),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )[:, -1]
 

@@ -75,7 +75,7 @@ def next_states(
     last_B = torch.tensor([length - 1 for length in lengths])
     cache.reserve(len(lengths), max(lengths))
     with policy.using_rows(agents):
-        policy.hidden(ids_BT, past_key_values=prefilled, use_cache=True)
+        policy.hidden(ids_BT, cache=prefilled, use_cache=True)
         cache.insert(0, prefilled, range(len(lengths)), [np.arange(n - 1) for n in lengths])
         cache.prepare(last_B, max(lengths) - 1)
         return policy.step(
