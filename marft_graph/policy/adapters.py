@@ -315,7 +315,7 @@ class Policy:
         """
         inputs.setdefault("use_cache", False)
         if "cache" in inputs:
-            inputs[name_of_cache(type(self._decoder))] = inputs.pop("cache")
+            inputs[name_of_cache(self._decoder)] = inputs.pop("cache")
         if is_seen_BTT is not None:
             inputs["attention_mask"] = hiding(is_seen_BTT, self.dtype).unsqueeze(1)
         states: Tensor = self._decoder(input_ids=ids_BT, **inputs).last_hidden_state

@@ -10,7 +10,6 @@ and gives None where the two differ.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import math
@@ -35,8 +34,7 @@ _FOLDED_PARAMETERS = 32_000_000
 """Most weights that all adapters together may have of their own, 4 bytes each."""
 
 
-@functools.cache
-def name_of_cache(decoder: type[nn.Module]) -> str:
+def name_of_cache(decoder: nn.Module) -> str:
     """What a decoder's pass calls its cache; transformers 5.24 renamed it, family by family."""
     parameters = inspect.signature(decoder.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
@@ -105,7 +103,7 @@ class StepDecoder:
         ids_BT %= decoder.embed_tokens.num_embeddings
         theirs_BH = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state[:, -1].float()
         cache = DynamicCache(config=decoder.config)
-        decoder(input_ids=ids_BT[:, :-1], use_cache=True, **{name_of_cache(type(decoder)): cache})
+        decoder(input_ids=ids_BT[:, :-1], use_cache=True, **{name_of_cache(decoder): cache})
         last_B = torch.full((2,), _CHECKED_TOKENS - 1, device=device)
         hidden_B1L = torch.zeros(2, 1, _CHECKED_TOKENS, dtype=theirs_BH.dtype, device=device)
         hidden_B1L = hidden_B1L.to(decoder.embed_tokens.weight.dtype)
