@@ -50,9 +50,9 @@ from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team, Weights
 from marft_graph.ranks import Ranks, check_ranks, own_folder
 from marft_graph.rollout.inputs import AppInputs
-from marft_graph.rollout.quiescence import hung_threads
 from marft_graph.rollout.rewards import Rewards, as_reward_function, mean_parts
 from marft_graph.rollout.runner import check_examples
+from marft_graph.rollout.worker_threads import hung_threads
 from marft_graph.run.checkpoint import (
     has_checkpoints,
     latest_checkpoint,

@@ -26,6 +26,7 @@ from marft_graph.rollout.recorder import EpisodeRecorder, RecordedCall, TaskWatc
 from marft_graph.rollout.rewards import shown
 from marft_graph.rollout.settings import RolloutSettings
 from marft_graph.rollout.trace import CallMark, Event, GraphShape, is_last_attempt, trace_episode
+from marft_graph.rollout.worker_threads import owned_by
 
 _CANCEL_SECONDS = 2.0
 
@@ -68,6 +69,8 @@ class EpisodeRun:
     def __init__(self, shared: Shared, plan: Plan, quiescence: Quiescence) -> None:
         self._shared = shared
         self._plan = plan
+        self._workers = quiescence.workers
+        self._owner = object()
         self._watch = TaskWatch()
         self._recorder = EpisodeRecorder(
             shared.engine,
@@ -86,8 +89,9 @@ class EpisodeRun:
     async def play(self) -> None:
         """Run the app until its end, its failure or its deadline."""
         timeout = self._shared.settings.episode_timeout
-        with intercepting(self._recorder) as metadata:
+        with intercepting(self._recorder) as metadata, owned_by(self._owner):
             task = asyncio.ensure_future(self._stream(metadata))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
             try:
                 done, _ = await asyncio.wait([task], timeout=timeout)
                 if done:
@@ -100,8 +104,12 @@ class EpisodeRun:
                 task.cancel()
                 await asyncio.wait([task], timeout=_CANCEL_SECONDS)
             finally:
-                task.cancel()
                 self._recorder.end()
+                if not task.done() or self._error is not None:
+                    self._workers.give_up(self._owner)
+                if not task.done():
+                    task.cancel()
+                    await asyncio.wait([task], timeout=_CANCEL_SECONDS)
 
     async def _stream(self, metadata: dict[str, str]) -> None:
         graph = self._shared.graph

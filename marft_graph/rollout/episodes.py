@@ -1,4 +1,4 @@
-"""A rollout: many episodes at once, on an event loop of their own, each with its reward.
+"""A rollout: many episodes at once, on the event loop of the process, each with its reward.
 
 It owns concurrency and what becomes of a reward that fails. It knows nothing of learning.
 """
@@ -6,7 +6,6 @@ It owns concurrency and what becomes of a reward that fails. It knows nothing of
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from langgraph.pregel import Pregel
 
 from marft_graph.engine.base import Engine, SupportsGate
 from marft_graph.episode import Episode
-from marft_graph.errors import RewardError
+from marft_graph.errors import EpisodeTimeoutError, RewardError
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
 from marft_graph.names import agent_path
@@ -31,13 +30,13 @@ from marft_graph.rollout.episode_run import (
 )
 from marft_graph.rollout.inputs import AppInputs, graph_inputs
 from marft_graph.rollout.labels import Labels, labels_of
+from marft_graph.rollout.process_loop import Blocked, process_loop
 from marft_graph.rollout.quiescence import Quiescence
 from marft_graph.rollout.recorder import stable_seed
 from marft_graph.rollout.rewards import RewardCalls, Rewards, as_reward_function
 from marft_graph.rollout.settings import RolloutSettings
 from marft_graph.rollout.trace import GraphShape
 
-_WORKER_THREADS = 1024
 _CANCEL_SECONDS = 2.0
 
 
@@ -103,30 +102,22 @@ class Rollout:
             )
             for group in range(group_size)
         ]
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return self._on_own_loop(plans)
-        # Called from a running loop, say a notebook
-        return _in_thread(lambda: self._on_own_loop(plans))
-
-    def _on_own_loop(self, plans: Sequence[Plan]) -> list[Episode]:
-        """Run all episodes on an event loop of their own."""
-        threads = 4 * self._shared.settings.concurrency + self._shared.settings.reward_concurrency
-        quiescence = Quiescence(min(_WORKER_THREADS, threads))
         gated = self._shared.engine if isinstance(self._shared.engine, SupportsGate) else None
-        if gated is not None:
-            gated.use_gate(quiescence)
-        loop = quiescence.loop
-        try:
-            work = loop.create_task(self._all(plans, quiescence))
-            with fewer_collections(), self._cancellation.reaches(work):
-                return loop.run_until_complete(work)
-        finally:
+        settings = self._shared.settings
+        with process_loop() as loop:
             if gated is not None:
-                gated.use_gate(None)
-            _cancel_all(loop)
-            quiescence.close()
+                gated.use_gate(loop.quiescence)
+            try:
+                with fewer_collections():
+                    return loop.run(
+                        lambda: self._all(plans, loop.quiescence),
+                        threads=4 * settings.concurrency + settings.reward_concurrency,
+                        cancellation=self._cancellation,
+                        on_blocked=self._given_up,
+                    )
+            finally:
+                if gated is not None:
+                    gated.use_gate(None)
 
     async def _all(self, plans: Sequence[Plan], quiescence: Quiescence) -> list[Episode]:
         places = asyncio.Semaphore(self._shared.settings.concurrency)
@@ -143,7 +134,31 @@ class Rollout:
                 self._on_episode(episode)
             return episode
 
-        return await asyncio.gather(*(one(plan) for plan in plans))
+        episodes = [asyncio.ensure_future(one(plan)) for plan in plans]
+        try:
+            return await asyncio.gather(*episodes)
+        except BaseException:
+            for episode in episodes:
+                episode.cancel()
+            await asyncio.wait(episodes, timeout=_CANCEL_SECONDS)
+            raise
+
+    def _given_up(self, blocked: Blocked) -> Exception | None:
+        """What ends the rollout where something blocks the event loop past its own deadline."""
+        settings = self._shared.settings
+        if blocked.is_reward and blocked.seconds > settings.reward_timeout:
+            return RewardError(
+                f"the reward function took longer than {settings.reward_timeout:g} seconds "
+                f"(reward_timeout) without an await, at {blocked.where}. An async reward that "
+                "blocks stops every episode: make it a plain function, which gets a thread"
+            )
+        if blocked.seconds > settings.episode_timeout:
+            return EpisodeTimeoutError(
+                f"an episode took longer than {settings.episode_timeout:g} seconds "
+                f"(episode_timeout) without an await, at {blocked.where}. Async code that blocks "
+                "stops every episode: make the node or tool a plain function, which gets a thread"
+            )
+        return None
 
     async def _episode(self, plan: Plan, quiescence: Quiescence, rewards: RewardCalls) -> Episode:
         started = time.monotonic()
@@ -167,23 +182,6 @@ class Rollout:
         return replace(episode, seconds=time.monotonic() - started)
 
 
-def _in_thread(work: Callable[[], list[Episode]]) -> list[Episode]:
-    outcome: list[list[Episode] | BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(work())
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-            outcome.append(error)
-
-    thread = threading.Thread(target=run, name="marft-rollout", daemon=True)
-    thread.start()
-    thread.join()
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
-
-
 def _trained(graph: Pregel[Any, Any, Any, Any], nodes: Sequence[str] | None) -> frozenset[str]:
     """Agent paths to train; empty: all."""
     if not nodes:
@@ -204,13 +202,3 @@ def _node_names(graph: Pregel[Any, Any, Any, Any], prefix: str = "") -> frozense
         if isinstance(node.bound, Pregel):
             names |= _node_names(node.bound, f"{path}/")
     return frozenset(names)
-
-
-def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
-    """Cancel what an error or Ctrl-C left running, without waiting for ever."""
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        loop.run_until_complete(asyncio.wait(tasks, timeout=_CANCEL_SECONDS))
-    loop.run_until_complete(loop.shutdown_asyncgens())

@@ -2,8 +2,7 @@
 
 When nothing in the app can submit another call before it gets an answer: the event loop waits for
 the outside, and every worker thread that runs user code waits for the engine. This module owns the
-event loop's selector and the worker threads, hence knows both; of models and graphs it knows
-nothing.
+event loop's selector, hence knows both; of models and graphs it knows nothing.
 
 Ordinary apps therefore batch identically in every run with one seed. A blocking tool or a foreign
 thread cannot be seen through; the gate then opens after a short patience, so nothing deadlocks.
@@ -16,15 +15,14 @@ import selectors
 import sys
 import threading
 import time
-import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-_T = TypeVar("_T")
+from marft_graph.rollout.worker_threads import WorkerThreads, WorkItem
+
 _POLL_SECONDS = 0.002
 _FOREIGN_SETTLE_SECONDS = 0.015
 # A thread that computes is waited for until it has used so much processor time, or so much time by
@@ -33,28 +31,19 @@ _BUSY_LIMIT_SECONDS = 1.0
 _STARVED_LIMIT_SECONDS = 20.0
 
 
-class WorkItem:
-    """A function given to the worker threads, and the answer that it is waiting for."""
+class EventLoop(asyncio.SelectorEventLoop):
+    """An event loop that may outlive what the app opened on it, without a word at the end."""
 
-    def __init__(self, future: Future[Any], run: Callable[[], Any]) -> None:
-        self.future = future
-        self.run = run
-        self.thread: int | None = None
-        self.native: int | None = None
-        self.awaited: Future[Any] | None = None
-        self.is_slow = False
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether the item waits for an answer that is not there yet."""
-        return self.awaited is not None and not self.awaited.done()
+    def __del__(self) -> None:
+        with suppress(Exception):  # the interpreter may be half gone
+            self.close()
 
 
 class Quiescence:
-    """The event loop and worker threads of one rollout, and the gate that watches them.
+    """An event loop with its worker threads, and the gate that watches them.
 
     Args:
-        max_workers: most worker threads for synchronous nodes.
+        max_workers: worker threads for synchronous nodes, beside those that rollouts ask for.
         patience: seconds without any progress after which the gate opens all the same.
     """
 
@@ -70,7 +59,9 @@ class Quiescence:
         self._items: dict[int, WorkItem] = {}
         self._foreign: list[Future[Any]] = []
         self._blocked = 0
-        self.loop: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop(_IdleSelector(self))
+        self.turned = time.monotonic()
+        """When the loop last came to its selector, by the monotonic clock."""
+        self.loop: asyncio.AbstractEventLoop = EventLoop(_IdleSelector(self))
         self.workers = WorkerThreads(self, max_workers)
         self.loop.set_default_executor(self.workers)
         self._is_open = True
@@ -93,6 +84,21 @@ class Quiescence:
             item.thread, item.native = threading.get_ident(), threading.get_native_id()
             self._items[item.thread] = item
             self._version += 1
+
+    def item_abandoned(self, item: WorkItem) -> None:
+        """Nobody waits for an item any more, though its thread still runs it."""
+        with self._changed:
+            if item.thread is not None and self._items.get(item.thread) is item:
+                del self._items[item.thread]
+            self._changed.notify_all()
+
+    @property
+    def seconds_blocked(self) -> float:
+        """How long the event loop has been inside one callback that waits for no model call."""
+        with self._changed:
+            if self._is_idle or self._loop_item.is_waiting:
+                return 0.0
+            return time.monotonic() - self.turned
 
     def item_finished(self) -> None:
         """A worker thread has delivered its item's result."""
@@ -233,98 +239,6 @@ class Quiescence:
         self.loop.close()
 
 
-_closed: weakref.WeakSet[WorkerThreads] = weakref.WeakSet()
-"""Pools of rollouts that are over; one is kept alive by its threads that are not."""
-
-
-class WorkerThreads(ThreadPoolExecutor):
-    """Daemon worker threads that report to a `Quiescence`.
-
-    The standard pool joins its threads when the interpreter exits; a tool that hangs would keep the
-    process alive for ever. It is a `ThreadPoolExecutor` only because asyncio insists on one.
-    """
-
-    def __init__(self, quiescence: Quiescence, max_workers: int) -> None:
-        super().__init__(max_workers=max_workers)
-        self._quiescence = quiescence
-        self._limit = max_workers
-        self._queue: deque[WorkItem] = deque()
-        self._ready = threading.Condition()
-        self._busy = 0
-        self._spawned = 0
-        self._is_closed = False
-
-    @property
-    def busy(self) -> int:
-        """Threads that run a function now."""
-        return self._busy
-
-    @property
-    def can_start_more(self) -> bool:
-        """Whether an item waits for a thread and will get one."""
-        return bool(self._queue) and self._busy < self._limit
-
-    def submit(self, fn: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
-        """Queue a function; see `concurrent.futures.Executor.submit`."""
-        future: Future[_T] = Future()
-        item = WorkItem(future, lambda: fn(*args, **kwargs))
-        with self._ready:
-            if self._is_closed:
-                raise RuntimeError("cannot schedule new functions after shutdown")
-            self._queue.append(item)
-            if self._busy + len(self._queue) > self._spawned and self._spawned < self._limit:
-                self._spawned += 1
-                threading.Thread(target=self._work, name="marft-worker", daemon=True).start()
-            self._ready.notify()
-        return future
-
-    def _work(self) -> None:
-        while True:
-            with self._ready:
-                while not self._queue and not self._is_closed:
-                    self._ready.wait()
-                if not self._queue:
-                    return
-                item = self._queue[0]
-                self._quiescence.item_started(item)
-                self._queue.popleft()
-                self._busy += 1
-            try:
-                self._run(item)
-            finally:
-                self._quiescence.item_finished()
-                with self._ready:
-                    self._busy -= 1
-
-    @staticmethod
-    def _run(item: WorkItem) -> None:
-        if not item.future.set_running_or_notify_cancel():
-            return
-        try:
-            result = item.run()
-        except BaseException as error:  # noqa: BLE001 - delivered to whoever awaits the item
-            item.future.set_exception(error)
-        else:
-            item.future.set_result(result)
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more work; threads end once they are free. Hung threads are not waited for."""
-        _closed.add(self)
-        with self._ready:
-            self._is_closed = True
-            dropped = list(self._queue) if cancel_futures else []
-            if cancel_futures:
-                self._queue.clear()
-            self._ready.notify_all()
-        for item in dropped:
-            item.future.cancel()
-
-
-def hung_threads() -> int:
-    """Worker threads of rollouts that are over: each runs a node or a tool that does not return."""
-    return sum(pool.busy for pool in list(_closed))
-
-
 class _IdleSelector(selectors.BaseSelector):
     """The platform's selector; a `select` that may sleep means that the loop has nothing to do."""
 
@@ -333,12 +247,14 @@ class _IdleSelector(selectors.BaseSelector):
         self._quiescence = quiescence
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self._quiescence.turned = time.monotonic()
         if timeout is not None and timeout <= 0:
             return self._inner.select(timeout)
         self._quiescence.loop_is_idle(True)
         try:
             return self._inner.select(timeout)
         finally:
+            self._quiescence.turned = time.monotonic()
             self._quiescence.loop_is_idle(False)
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:

@@ -12,12 +12,14 @@ import itertools
 import math
 import reprlib
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, SupportsFloat, TypeVar
 
 from marft_graph.episode import Episode, Reward, check_reward_size
 from marft_graph.errors import ConfigError, RewardError
+from marft_graph.rollout.process_loop import REWARD_TASK
+from marft_graph.rollout.worker_threads import WorkerThreads
 
 T = TypeVar("T")
 
@@ -158,7 +160,8 @@ def _check_arguments(reward: Callable[..., Any]) -> None:
 class RewardCalls:
     """Calls reward functions for a rollout: at most so many at once, each with a deadline.
 
-    A synchronous function that ran past its deadline keeps its place until its thread is free.
+    A synchronous function that runs past its deadline is given up: its thread goes on by itself,
+    and its place is another one's.
 
     Args:
         workers: runs synchronous functions.
@@ -166,7 +169,7 @@ class RewardCalls:
         concurrency: functions that run at once.
     """
 
-    def __init__(self, workers: Executor, *, timeout: float, concurrency: int) -> None:
+    def __init__(self, workers: WorkerThreads, *, timeout: float, concurrency: int) -> None:
         self._workers = workers
         self._timeout = timeout
         self._places = asyncio.Semaphore(concurrency)
@@ -239,14 +242,9 @@ class RewardCalls:
                 return await _before(_awaited(result), deadline - loop.time())
             return result
         finally:
-            if thread.done():
-                self._places.release()
-            else:
-                thread.add_done_callback(lambda _: self._release_in(loop))
-
-    def _release_in(self, loop: asyncio.AbstractEventLoop) -> None:
-        if not loop.is_closed():  # else nobody waits for the place any more
-            loop.call_soon_threadsafe(self._places.release)
+            self._places.release()
+            if not thread.done():
+                self._workers.abandon(thread)
 
 
 class _TooSlow(Exception):
@@ -267,6 +265,9 @@ async def _of_thread(thread: Future[T], seconds: float) -> T:
 async def _before(work: Awaitable[Any], seconds: float) -> Any:
     """What `work` comes to, waiting no longer than that even where it ignores its cancelling."""
     future = asyncio.ensure_future(work)
+    if isinstance(future, asyncio.Task):
+        future.set_name(REWARD_TASK)
+    future.add_done_callback(_seen)
     try:
         done, _ = await asyncio.wait([future], timeout=max(0.0, seconds))
     except asyncio.CancelledError:
@@ -276,6 +277,12 @@ async def _before(work: Awaitable[Any], seconds: float) -> Any:
         future.cancel()
         raise _TooSlow
     return future.result()
+
+
+def _seen(future: asyncio.Future[Any]) -> None:
+    """An error that comes after the deadline is nobody's: it is not logged as one not retrieved."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _is_async(reward: RewardFunction) -> bool:

@@ -27,7 +27,7 @@ from langgraph.graph import END, START, StateGraph
 
 from marft_graph import FakeEngine, run_episodes
 from marft_graph.errors import EngineError
-from marft_graph.rollout.quiescence import hung_threads
+from marft_graph.rollout.worker_threads import hung_threads
 
 FAULTS = {
     "node": "ValueError in worker",
