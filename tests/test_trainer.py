@@ -210,6 +210,7 @@ def hanging_in(iteration: int, trainer: list[Trainer], *signals: signal.Signals)
             for signum in signals if not trainer[1:] else ():
                 trainer.append(trainer[0])
                 signal.pthread_kill(threading.main_thread().ident or 0, signum)
+                await asyncio.sleep(0.2)  # signals that arrive at once have no order
             await asyncio.sleep(60)
         return reward(example, state)
 
