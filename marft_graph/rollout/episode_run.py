@@ -19,9 +19,10 @@ from marft_graph.episode import Call, Episode, Reward
 from marft_graph.errors import EpisodeTimeoutError, RewardError
 from marft_graph.names import adapter_name, agent_path
 from marft_graph.rollout.emit import shares
-from marft_graph.rollout.intercept import intercepting
+from marft_graph.rollout.intercept import RUN_KEY, intercepting
 from marft_graph.rollout.labels import Labels
 from marft_graph.rollout.quiescence import Quiescence
+from marft_graph.rollout.reads import recording_reads
 from marft_graph.rollout.recorder import EpisodeRecorder, RecordedCall, TaskWatch, readable
 from marft_graph.rollout.rewards import shown
 from marft_graph.rollout.settings import RolloutSettings
@@ -89,7 +90,12 @@ class EpisodeRun:
     async def play(self) -> None:
         """Run the app until its end, its failure or its deadline."""
         timeout = self._shared.settings.episode_timeout
-        with intercepting(self._recorder) as metadata, owned_by(self._owner):
+        reads = self._recorder.reads
+        with (
+            intercepting(self._recorder) as metadata,
+            recording_reads(metadata[RUN_KEY], reads),
+            owned_by(self._owner),
+        ):
             task = asyncio.ensure_future(self._stream(metadata))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
             try:
@@ -144,7 +150,12 @@ class EpisodeRun:
         emitted = [e for e in self._recorder.emitted if is_last_attempt(e.attempts, attempts)]
         emitted = emitted if status == "ok" else []
         trace = trace_episode(
-            self._events, marks, self._shared.shape, attempts, {e.namespace for e in emitted}
+            self._events,
+            marks,
+            self._shared.shape,
+            attempts,
+            {e.namespace for e in emitted},
+            self._recorder.reads,
         )
         calls = [
             _call(recorded[position], index, parents)
@@ -206,6 +217,7 @@ def _mark(recorded: RecordedCall) -> CallMark:
         ended=recorded.ended,
         key=(str(steps), recorded.call.node, recorded.request.seed),
         attempts=recorded.attempts,
+        answer=recorded.message.text,
     )
 
 

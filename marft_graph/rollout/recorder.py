@@ -34,6 +34,7 @@ from marft_graph.rollout.answers import message_for, request_for
 from marft_graph.rollout.emit import Emitted
 from marft_graph.rollout.intercept import Delegate, InterceptedCall, Pending, Responder
 from marft_graph.rollout.quiescence import Quiescence
+from marft_graph.rollout.reads import ReadLog
 from marft_graph.rollout.rewards import finite_number
 from marft_graph.rollout.settings import RolloutSettings
 
@@ -197,6 +198,8 @@ class EpisodeRecorder(Responder):
         self._started = time.monotonic()
         self._deadline = self._started + settings.episode_timeout
         self._clock = itertools.count()
+        self.reads = ReadLog(self._clock)
+        """What the app's tasks read of their state, on the clock of the calls."""
         self._lock = threading.Lock()
         self._repeats: Counter[tuple[Any, ...]] = Counter()
         self._futures: set[Future[Completion]] = set()

@@ -2,16 +2,16 @@
 
 Each graph run (a namespace of LangGraph's `tasks` stream) keeps for every channel its *provenance*:
 the calls whose output the channel holds. A plain channel's provenance is replaced by its last
-writer's, a reducer's collects all writers'. A task knows the provenance of the channels it read;
-its calls depend on that and on the task's earlier calls; what it writes comes from its last calls,
-or, where it made none, from what it knew. The run does not tell which task a `Send` came from: what
-was sent depends on all tasks of the superstep that may have sent it. Pure functions of recorded
-events: nothing here runs anything.
+writer's, a reducer's collects all writers'. A call depends on the channels that its task had read
+before it (`reads`; where that could not be seen, on all that the task was given) and on the task's
+earlier calls. What a task writes comes from its last calls, or, where it made none, from what it
+read; a value that it passes on as it is keeps its own. What was sent depends on what its sender
+read; where the sender is not known, on all tasks of the superstep that may have sent it. Pure
+functions of recorded events: nothing here runs anything.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 import itertools
 import math
@@ -19,11 +19,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from langchain_core.messages import BaseMessage
 from langgraph.pregel import Pregel
-from pydantic import BaseModel
 
 from marft_graph.graph.channels import branch_channels, collects
 from marft_graph.graph.roles import inspect_node
+from marft_graph.rollout.atoms import Atom, Atoms, is_lasting, parts, text_of
+from marft_graph.rollout.reads import ReadLog, Start, TaskReads
+from marft_graph.rollout.views import fields_of
 
 Calls = frozenset[int]
 _NONE: Calls = frozenset()
@@ -46,7 +49,7 @@ class CallMark:
 
     `begun` and `ended` count on one clock of the episode; `key` sorts calls that do not depend on
     each other, and must not depend on timing; `attempts` are namespaces and attempt numbers of the
-    tasks around the call.
+    tasks around the call; `answer` is the text that it was answered with.
     """
 
     namespace: str
@@ -54,6 +57,7 @@ class CallMark:
     ended: int
     key: tuple[Any, ...] = ()
     attempts: tuple[tuple[str, int], ...] = ()
+    answer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +140,15 @@ def trace_episode(
     shape: GraphShape,
     attempts: Mapping[str, int] | None = None,
     tasks: Iterable[str] = (),
+    reads: ReadLog | None = None,
 ) -> Trace:
-    """The same, and what the inputs of some tasks, given by their namespaces, depend on."""
+    """The same, and what the inputs of some tasks, given by their namespaces, depend on.
+
+    Without `reads` a task counts as reading all that it was given.
+    """
     last = attempts or {}
     kept = [index for index, call in enumerate(calls) if is_last_attempt(call.attempts, last)]
-    tracer = _Tracer(calls, kept, shape)
+    tracer = _Tracer(calls, kept, shape, ReadLog() if reads is None else reads)
     for event in events:
         tracer.see(event)
     order = _in_order(kept, tracer.finished(), calls)
@@ -193,14 +201,30 @@ class _Task:
     known: Calls
     """What its input depends on."""
     reads: Mapping[str, Calls]
-    """The same by channel; empty for what a `Send` started."""
-    given: Mapping[str, Calls]
-    """What a subgraph that the task runs is handed, by channel."""
+    """The same by channel, of what it was given."""
+    held: Mapping[str, Calls]
+    """The same of all channels, where it asked for them itself."""
+    given: Any
+    """What it was given."""
+    is_sent: bool
+    """Whether a `Send` started it."""
+    seen: TaskReads
+    """What it did read."""
     calls: list[int] = field(default_factory=list)
     runs: list[_Run] = field(default_factory=list)
-    seen_by_branches: Calls = _NONE
-    """What the channels that its branches read depended on when it was over."""
+    seen_by_branches: Calls | None = None
+    """What its conditional edges had read when it was over; None: not known."""
     is_over: bool = False
+
+    def input_at(self, moment: float) -> Calls:
+        """What it had read by a moment."""
+        seen, known = self.seen, self.known
+        if seen.is_seen:
+            read = (self.reads.get(c, _NONE) for c, at in seen.channels.items() if at < moment)
+            known = _NONE.union(*read)
+        return known.union(
+            *(self.held.get(c, _NONE) for c, at in seen.fetched.items() if at < moment)
+        )
 
     def known_at(self, moment: float, tracer: _Tracer) -> Calls:
         """The input, and what the task's own calls and graph runs had answered by a moment."""
@@ -208,31 +232,43 @@ class _Task:
         for run in self.runs:
             if run.last_moment(tracer) < moment:
                 earlier |= run.everything()
-        return self.known | earlier
+        return self.input_at(moment) | earlier
 
     def output(self, tracer: _Tracer) -> Calls:
         """What the task's writes depend on: its last calls, or its input where it made none."""
+        calls = [call for call in self.calls if not self.is_router(call, tracer)]
+        if not calls and not any(run.calls() for run in self.runs):
+            return self.input_at(math.inf)
         inside = self.all_calls()
-        if not inside:
-            return self.known
         used = _NONE.union(*(tracer.parents.get(call, _NONE) for call in inside))
-        output = frozenset(self.calls) - used
+        output = frozenset(calls) - used
         for run in self.runs:
             end = run.last_moment(tracer)
-            if not any(end < tracer.calls[call].begun for call in self.calls):
+            if not any(end < tracer.calls[call].begun for call in calls):
                 output |= run.everything()
         return output
 
-    def output_of(self, channel: str, tracer: _Tracer) -> Calls:
+    def is_router(self, call: int, tracer: _Tracer) -> bool:
+        """Whether a call was made by a conditional edge, after what the task wrote."""
+        routed_at = self.seen.routed_at
+        return routed_at is not None and routed_at < tracer.calls[call].begun
+
+    def output_of(self, channel: str, tracer: _Tracer, value: Any = None) -> Calls:
         """The same for one channel: a node that is a graph hands its channels over by name."""
-        if self.runs and self.run.shape is not None and self.name in self.run.shape.subgraphs:
+        if self.runs and self.is_graph:
             return self.runs[-1].of_channel(channel)
-        return self.output(tracer)
+        passed_on = tracer.passed_on(self, value)
+        return self.output(tracer) if passed_on is None else passed_on
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether the node is a graph itself."""
+        shape = self.run.shape
+        return self.seen.is_graph or (shape is not None and self.name in shape.subgraphs)
 
     def all_calls(self) -> list[int]:
         """The task's calls and those of the graphs that it ran."""
-        nested = [call for run in self.runs for task in run.tasks for call in task.all_calls()]
-        return self.calls + nested
+        return self.calls + [call for run in self.runs for call in run.calls()]
 
 
 @dataclass(slots=True)
@@ -244,6 +280,12 @@ class _Run:
     """None for a graph that a node invokes by itself, whose shape is not known."""
     entry: Calls
     """What the run's input depends on."""
+    reducers: frozenset[str] | None = None
+    """Channels that collect their writers; None where they are not known."""
+    initial: Mapping[str, Calls] | None = None
+    """What the channels depend on that its input fills; None where these are not known."""
+    number: int = 0
+    """Its place among the episode's runs."""
     provenance: dict[str, Calls] = field(default_factory=dict)
     current: list[_Task] = field(default_factory=list)
     previous: list[_Task] = field(default_factory=list)
@@ -252,23 +294,33 @@ class _Run:
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def of_channel(self, channel: str) -> Calls:
-        # A subgraph is given channels by name: one that was not among them holds nothing yet.
-        is_named = self.parent is not None and self.shape is not None and self.parent.given
-        return self.provenance.get(channel, _NONE if is_named else self.entry)
+        if channel in self.provenance:
+            return self.provenance[channel]
+        return self.entry if self.initial is None else self.initial.get(channel, _NONE)
+
+    def is_inside(self, task: _Task) -> bool:
+        """Whether a task started it, or a graph inside the task did."""
+        parent = self.parent
+        while parent is not None and parent is not task:
+            parent = parent.run.parent
+        return parent is task
 
     def everything(self) -> Calls:
         """What the run's result depends on."""
         return _NONE.union(*self.provenance.values()) if self.provenance else self.entry
 
+    def calls(self) -> list[int]:
+        """The calls that were made inside the run."""
+        return [call for task in self.tasks for call in task.all_calls()]
+
     def last_moment(self, tracer: _Tracer) -> int:
         """When the last call inside the run ended."""
-        inside = [call for task in self.tasks for call in task.all_calls()]
-        return max((tracer.calls[call].ended for call in inside), default=-1)
+        return max((tracer.calls[call].ended for call in self.calls()), default=-1)
 
     def collects(self, channel: str, value: Any) -> bool:
         """Whether a channel keeps what it held when `value` was written."""
-        if self.shape is not None:
-            return channel in self.shape.reducers
+        if self.reducers is not None:
+            return channel in self.reducers
         # A plain channel holds the very object that was written; a reducer makes a new one.
         return channel in self.values and self.values[channel] is not value
 
@@ -276,11 +328,16 @@ class _Run:
 class _Tracer:
     """Replays an episode's events."""
 
-    def __init__(self, calls: Sequence[CallMark], kept: Sequence[int], shape: GraphShape) -> None:
+    def __init__(
+        self, calls: Sequence[CallMark], kept: Sequence[int], shape: GraphShape, reads: ReadLog
+    ) -> None:
         self.calls = calls
+        self._reads = reads
         self.parents: dict[int, Calls] = {}
         self._shape = shape
         self._runs: dict[tuple[str, ...], _Run] = {}
+        self._numbered: list[_Run] = []
+        self._atoms = Atoms()
         self._tasks: dict[str, _Task] = {}
         self._calls_of: dict[str, list[int]] = {}
         for index in sorted(kept, key=lambda index: calls[index].begun):
@@ -308,23 +365,40 @@ class _Tracer:
         return self.parents
 
     def input_of(self, namespace: str) -> Calls:
-        """What the input of a task depends on, or of the innermost task around it that is known."""
+        """What a task has read, or the innermost one around it that is known.
+
+        One that has read nothing that a call made is about what it was given.
+        """
         task = self._around(namespace.split("|"))
-        return _NONE if task is None else task.known
+        return _NONE if task is None else task.input_at(math.inf) or task.known
 
     def _run(self, namespace: tuple[str, ...]) -> _Run:
         if namespace not in self._runs:
-            parent = self._around(namespace)
-            if parent is None:
-                run = _Run(None, None if namespace else self._shape, _NONE)
-            else:
-                outer = parent.run.shape
-                shape = outer.subgraphs.get(parent.name) if outer is not None else None
-                entry = parent.known_at(self._first_call_in(namespace), self)
-                run = _Run(parent, shape, entry, {} if shape is None else dict(parent.given))
-                parent.runs.append(run)
-            self._runs[namespace] = run
+            self._runs[namespace] = self._new_run(namespace)
         return self._runs[namespace]
+
+    def _new_run(self, namespace: tuple[str, ...]) -> _Run:
+        reducers = self._reads.reducers.get("|".join(namespace))
+        parent = self._around(namespace)
+        if parent is None:
+            shape = None if namespace else self._shape
+            run = _Run(None, shape, _NONE, reducers if shape is None else shape.reducers)
+            run.number = len(self._numbered)
+            self._numbered.append(run)
+            return run
+        outer = parent.run.shape
+        shape = outer.subgraphs.get(parent.name) if outer is not None else None
+        start = self._reads.starts.get("|".join(namespace))
+        entry = parent.known_at(start.moment if start else self._first_call_in(namespace), self)
+        run = _Run(parent, shape, entry, reducers if shape is None else shape.reducers)
+        if parent.is_graph:
+            run.initial = parent.reads or None
+        elif start is not None:
+            run.initial = _filled(start, parent, entry)
+        run.number = len(self._numbered)
+        self._numbered.append(run)
+        parent.runs.append(run)
+        return run
 
     def _around(self, namespace: Sequence[str]) -> _Task | None:
         """The innermost reported task of a namespace."""
@@ -343,35 +417,102 @@ class _Tracer:
         if run.current and all(task.is_over for task in run.current):
             self._apply_writes(run)
             run.previous, run.current = run.current, []
-        name = payload["name"]
+        name, seen = payload["name"], self._reads.tasks.get(payload["id"], TaskReads())
         if _SEND_TRIGGER in payload["triggers"]:
-            reads: dict[str, Calls] = {}
-            known = self._sent_to(run, name)
-            names = payload["input"] if isinstance(payload["input"], Mapping) else ()
-            given = {str(channel): known for channel in names}
+            known, reads = self._sent_by(run, name, payload["input"])
         else:
             reads = {channel: run.of_channel(channel) for channel in _read(run, payload)}
             known = _NONE.union(*reads.values())
-            given = reads
-        task = _Task(name, run, known, reads, given, self._calls_of.get(payload["id"], []))
+        held = {channel: run.of_channel(channel) for channel in seen.fetched}
+        calls = self._calls_of.get(payload["id"], [])
+        given, is_sent = payload["input"], _SEND_TRIGGER in payload["triggers"]
+        task = _Task(name, run, known, reads, held, given, is_sent, seen, calls)
         run.current.append(task)
         run.tasks.append(task)
         self._tasks[payload["id"]] = task
+
+    def _sent_by(self, run: _Run, name: str, arg: Any) -> tuple[Calls, dict[str, Calls]]:
+        """What a `Send` depends on, as a whole and by what it names."""
+        sender = self._reads.sender(arg)
+        task = self._tasks.get(sender.task) if sender is not None else None
+        if sender is None or task is None:
+            known = self._sent_to(run, name)
+        elif sender.by_branch and task.seen_by_branches is not None:
+            known = task.seen_by_branches
+        else:
+            known = task.input_at(math.inf) | task.output(self)
+        names = arg if isinstance(arg, Mapping) else {n: getattr(arg, n) for n in fields_of(arg)}
+        reads: dict[str, Calls] = {}
+        for channel, value in names.items():
+            made_of = None if task is None else self._made_of(task, value, is_sent=True)
+            reads[str(channel)] = known if made_of is None else made_of
+        if names:
+            return _NONE.union(*reads.values()), reads
+        made_of = None if task is None else self._made_of(task, arg, is_sent=True)
+        return (known if made_of is None else made_of), {}
+
+    def passed_on(self, task: _Task, value: Any) -> Calls | None:
+        """What a value depends on that a task wrote as it got it; None where it may be new."""
+        return self._made_of(task, value, is_sent=False)
+
+    def _made_of(self, task: _Task, value: Any, *, is_sent: bool) -> Calls | None:
+        if isinstance(value, list | tuple) and value:
+            items = [self._made_of(task, item, is_sent=is_sent) for item in value]
+            known = [item for item in items if item is not None]
+            return _NONE.union(*known) if len(known) == len(items) else None
+        if not is_sent and not is_lasting(value):
+            return None
+        if text_of(value) in self._answers(task):
+            return None
+        atom = self._atoms.of(value)
+        if atom is None and isinstance(value, BaseMessage) and not getattr(value, "tool_calls", 0):
+            atom = self._atoms.of(value.content)
+        if atom is not None and self._had(task, atom, is_sent=is_sent):
+            return atom.calls
+        return self._given(task, value)
+
+    def _answers(self, task: _Task) -> set[str]:
+        """What a task's own calls were answered with."""
+        return {self.calls[call].answer for call in task.calls}
+
+    def _had(self, task: _Task, atom: Atom, *, is_sent: bool) -> bool:
+        """Whether a task got an object from its state or from a graph that it ran."""
+        run = self._numbered[atom.run]
+        if run.is_inside(task):
+            return True
+        if run is not task.run:
+            return False
+        seen = task.seen
+        return not seen.is_seen or atom.channel in seen.channels or is_sent
+
+    def _given(self, task: _Task, value: Any) -> Calls | None:
+        """What a value depends on that is one of those in a task's input, unchanged."""
+        given = task.given
+        if isinstance(given, Mapping):
+            named = given.items()
+        else:
+            named = {name: getattr(given, name, None) for name in fields_of(given)}.items()
+        for channel, held in named:
+            is_read = not task.seen.is_seen or channel in task.seen.channels
+            if held is value and is_read and any(part is value for part in parts(value)):
+                return task.reads.get(channel, _NONE)
+        return None
 
     def _sent_to(self, run: _Run, name: str) -> Calls:
         """What the senders of a `Send` task knew; the run's input where the entry sent it."""
         running = [task for task in run.current if not task.is_over and task.reads]
         if not run.previous and running:  # a task of the functional API, called by its entrypoint
             inner = [task.output(self) for task in run.current if task.is_over]
-            return _NONE.union(*(task.known for task in running), *inner)
+            return _NONE.union(*(task.input_at(math.inf) for task in running), *inner)
         if not run.previous:
             return run.entry | _NONE.union(*run.provenance.values())
         declared = run.shape.targets if run.shape is not None else {}
         senders = [t for t in run.previous if _may_send(declared.get(t.name, _NOBODY), name)]
-        branches = run.shape.branches if run.shape is not None else {}
         return _NONE.union(
             *(
-                t.seen_by_branches if t.name in branches else t.known | t.output(self)
+                t.input_at(math.inf) | t.output(self)
+                if t.seen_by_branches is None
+                else t.seen_by_branches
                 for t in senders or run.previous
             )
         )
@@ -384,20 +525,32 @@ class _Tracer:
         result = payload.get("result")
         if isinstance(result, Mapping) and not payload.get("error"):
             run.written.append((task, result))
+        written = result if isinstance(result, Mapping) else {}
         for call in task.calls:
-            self.parents[call] = task.known_at(self.calls[call].begun, self)
-        if run.shape is not None and task.name in run.shape.branches:
-            written = result if isinstance(result, Mapping) else {}
-            task.seen_by_branches = self._branch_view(task, run.shape, written)
+            begun = self.calls[call].begun
+            self.parents[call] = task.known_at(begun, self)
+            if task.is_router(call, self):
+                self.parents[call] |= self._routed_at(task, written, begun)
+        has_branches = run.shape is not None and task.name in run.shape.branches
+        if has_branches or task.seen.routed_at is not None:
+            routers = {call for call in task.calls if task.is_router(call, self)}
+            task.seen_by_branches = self._routed_at(task, written, math.inf) | routers
 
-    def _branch_view(self, task: _Task, shape: GraphShape, written: Mapping[str, Any]) -> Calls:
-        """What a node's branches see: the channels they read, after what the node has written."""
-        run = task.run
-        seen = _NONE.union(*(task.output_of(channel, self) for channel in written))
-        for channel in shape.branches[task.name]:
+    def _routed_at(self, task: _Task, written: Mapping[str, Any], moment: float) -> Calls:
+        """What a node's branches had read by a moment, after what the node has written."""
+        run, seen, shape = task.run, task.seen, task.run.shape
+        if seen.routed_at is not None and not seen.is_routed_unseen:
+            read = [channel for channel, at in seen.routed.items() if at < moment]
+        else:
+            given = shape.branches.get(task.name, _NOBODY) if shape is not None else task.reads
+            read = [*given, *written]
+        found = _NONE
+        for channel in read:
+            if channel in written:
+                found |= task.output_of(channel, self, written[channel])
             if channel not in written or run.collects(channel, written[channel]):
-                seen |= run.of_channel(channel)
-        return seen
+                found |= run.of_channel(channel)
+        return found
 
     def _apply_writes(self, run: _Run) -> None:
         """Give the channels of a finished superstep their new provenance."""
@@ -407,7 +560,9 @@ class _Tracer:
                 held = fresh.get(channel)
                 if held is None:
                     held = run.of_channel(channel) if run.collects(channel, value) else _NONE
-                fresh[channel] = held | task.output_of(channel, self)
+                made = task.output_of(channel, self, value)
+                fresh[channel] = held | made
+                self._atoms.add(value, made, run.number, channel, self._answers(task))
         run.provenance.update(fresh)
         run.written = []
 
@@ -417,16 +572,19 @@ def _read(run: _Run, payload: Mapping[str, Any]) -> Iterable[str]:
     given = payload["input"]
     if isinstance(given, Mapping):
         names = {str(name) for name in given}
-    elif isinstance(given, BaseModel):
-        names = set(type(given).model_fields)
-    elif dataclasses.is_dataclass(given):
-        names = {spec.name for spec in dataclasses.fields(given)}
     else:
-        names = set(run.provenance)
+        names = set(fields_of(given)) or set(run.provenance)
     declared = run.shape.channels.get(payload["name"]) if run.shape is not None else None
     if declared is None:
         return names
     return (names & declared) or (declared if names else names)
+
+
+def _filled(start: Start, parent: _Task, entry: Calls) -> dict[str, Calls]:
+    """What the channels of a graph that a node's code runs hold at first."""
+    if start.is_state:
+        return {channel: parent.reads.get(channel, entry) for channel in start.keys}
+    return dict.fromkeys(start.keys, entry)
 
 
 def _may_send(targets: frozenset[str] | None, name: str) -> bool:

@@ -367,14 +367,16 @@ def test_the_calls_inside_a_failed_attempt_s_subgraph_are_no_part_of_the_episode
     assert parents(run(builder.compile())) == [("flaky/one", ()), ("flaky/two", ())]
 
 
-def test_send_from_a_node_depends_on_what_the_node_knew():
+def test_send_depends_on_what_its_sender_read():
     builder = StateGraph(State)
     builder.add_node("planner", lambda state: {"a": say("plan")})
     builder.add_node("worker", lambda task: {"votes": [say(task["part"])]})
-    builder.add_node("joiner", lambda state: {"b": say("join")})
+    builder.add_node("joiner", lambda state: {"b": say("/".join(state["votes"]) + state["a"])})
     builder.add_edge(START, "planner")
     builder.add_conditional_edges(
-        "planner", lambda state: [Send("worker", {"part": n}) for n in "xy"], ["worker"]
+        "planner",
+        lambda state: [Send("worker", {"part": state["a"] + n}) for n in "xy"],
+        ["worker"],
     )
     builder.add_edge("worker", "joiner")
     expected = [("planner", ()), ("worker", (0,)), ("worker", (0,)), ("joiner", (0, 1, 2))]
