@@ -27,6 +27,7 @@ from marft_graph.graph.dataflow import Node, Scope, Trigger, flows
 from marft_graph.graph.flex_mg import END, START, FlexMG
 from marft_graph.graph.roles import Findings, inspect_node
 from marft_graph.graph.source import Reading, read_source
+from marft_graph.graph.state_use import ALL, StateUse, state_use
 from marft_graph.names import agent_path
 
 App = Pregel[Any, Any, Any, Any]
@@ -89,6 +90,7 @@ def _compile(graph: Any) -> FlexMG:
         compiler.edge(node, END, kind)
     for flow in flows(top):
         data = {"kind": "data", "channel": flow.channel, "certain": flow.is_certain}
+        data["evidence"] = "code" if flow.is_read_by_code else "schema"
         compiler.graph.add_edge(flow.source, flow.target, key=f"data:{flow.channel}", **data)
     return FlexMG(compiler.graph, tuple(sorted(compiler.unread)))
 
@@ -114,11 +116,14 @@ class _Compiler:
         nodes = {}
         for name in names:
             bound, found, reading = app.nodes[name].bound, findings[name], readings[name]
+            use = state_use(bound, read_channels(app, name))
             node = nodes[name] = Node(
                 path=prefix + name,
-                reads=read_channels(app, name),
+                reads=_reads(app, name, use),
                 may_write=channels if reading.may_write is None else reading.may_write & channels,
-                must_write=reading.must_write & channels,
+                must_write=_made(use) & reading.must_write & channels,
+                must_read=_certain(use, app, name),
+                is_read_by_code=use.may_read is not None,
                 always_calls=found.calls_model and reading.always_calls,
                 calls_again=found.calls_model and not reading.calls_once,
                 is_graph=isinstance(bound, Pregel),
@@ -127,6 +132,7 @@ class _Compiler:
             if isinstance(app, CompiledStateGraph) and app.builder.nodes[name].cache_policy:
                 node.always_calls = False
             self._fill(node, found, above | {id(app)})
+            self._carry(node, use)
         return Scope(
             nodes=nodes,
             triggers=_triggers(app, findings, readings, nodes),
@@ -161,6 +167,12 @@ class _Compiler:
         self.graph.add_node(node.path, role="agent" if found.calls_model else "environment")
         if node.always_calls:
             self.graph.nodes[node.path]["always_calls"] = True
+
+    def _carry(self, node: Node, use: StateUse) -> None:
+        """Note on an agent what it passes on besides its model's answers."""
+        if node.is_visible and node.always_calls and use.carries is not None:
+            carries = {k: sorted(v) for k, v in sorted(use.carries.items()) if v}
+            self.graph.nodes[node.path]["carries"] = carries
 
     def _tasks(self, found: Findings, prefix: str, above: frozenset[int]) -> Scope:
         """Tasks of the functional API that a node's code can call, in any order."""
@@ -214,6 +226,31 @@ _Ends = set[tuple[str, str]]  # (node path, kind of the edge from START or to EN
 def _stronger(*kinds: str) -> str:
     """The kind of an edge that passes the boundary of a graph inside a node."""
     return max(kinds, key=("control", "conditional", "fan_out").index)
+
+
+def _reads(app: App, name: str, use: StateUse) -> frozenset[str]:
+    """Channels that a node can read: by its code, or by its schema; its branches' too, if they ask
+    a model in its name.
+    """
+    given = read_channels(app, name)
+    reads = given if use.may_read is None else use.may_read & given
+    branches = app.builder.branches.get(name, {}) if isinstance(app, CompiledStateGraph) else {}
+    for branch in branches.values():
+        found = inspect_node(branch.path)
+        if found.calls_model or found.graphs:
+            reads |= branch_channels(app, name, branch)
+    return reads
+
+
+def _certain(use: StateUse, app: App, name: str) -> frozenset[str]:
+    """Channels that every run of a node reads before it calls a model."""
+    given = read_channels(app, name)
+    return given if ALL in use.must_read else use.must_read & given
+
+
+def _made(use: StateUse) -> frozenset[str]:
+    """Channels whose written value is the node's own making, and nothing that it was given."""
+    return frozenset(k for k, v in use.carries.items() if not v) if use.carries else frozenset()
 
 
 def _triggers(

@@ -48,8 +48,13 @@ class Node:
 
     path: str
     reads: Names
+    """Channels that it can read."""
     may_write: Names
     must_write: Names
+    must_read: Names = frozenset()
+    """Channels that every run has read before it first calls a model."""
+    is_read_by_code: bool = False
+    """Whether its code says what it reads; else its state schema does."""
     always_calls: bool = False
     """Whether it calls a model itself in every run."""
     calls_again: bool = False
@@ -98,6 +103,8 @@ class Flow:
     channel: str
     is_certain: bool
     """Whether every run of `target` reads what a run of `source` wrote."""
+    is_read_by_code: bool = False
+    """Whether the code of `target` says that it reads the channel; else its schema does."""
 
 
 class Order:
@@ -340,9 +347,12 @@ class _Flows:
             for channel in sorted(self._up[leaf.path][0] & self._top.outputs):
                 if leaf.node.is_visible:
                     self._found.setdefault((leaf.path, END), {})[channel] = False
+        nodes = {leaf.path: leaf.node for leaf in self._leaves}
         for (a, b), channels in sorted(self._found.items()):
             for channel, is_certain in sorted(channels.items()):
-                yield Flow(a, b, channel, is_certain)
+                node = nodes.get(b)
+                by_code = node is None or node.is_read_by_code or channel in node.must_read
+                yield Flow(a, b, channel, is_certain, by_code)
 
     def _add(self, source: _Leaf, target: _Leaf, channel: str, is_certain: bool) -> bool:
         channels = self._found.setdefault((source.path, target.path), {})
@@ -392,6 +402,8 @@ class _Flows:
             return False
         if not scope.order.must_precede(a, b) or b in scope.sent_to:
             return False
+        if channel not in target.node.must_read:
+            return False
         if channel in scope.reducers:
             return True
         return not any(
@@ -417,14 +429,9 @@ class _Flows:
             for scope in scopes:
                 for trigger in scope.triggers:
                     if trigger.kind == "fan_out" and trigger.target in scope.nodes:
-                        sender = scope.nodes.get(trigger.source)
-                        only = {t for t in scope.triggers if t.target == trigger.target}
                         for source in self._known_to(scope, trigger):
-                            calls = source.node is sender and sender.always_calls
                             for target in self._entering(scope, trigger.target):
-                                direct = target.node is scope.nodes[trigger.target]
-                                is_certain = calls and direct and only == {trigger}
-                                changed |= self._add(source, target, "Send", is_certain)
+                                changed |= self._add(source, target, "Send", False)
 
     def _entering(self, scope: Scope, name: str) -> list[_Leaf]:
         """Leaves that read what their node in `scope` was sent."""

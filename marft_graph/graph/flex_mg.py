@@ -22,7 +22,10 @@ from marft_graph.names import adapter_name
 
 START, END = "__start__", "__end__"
 _MOST_GROUPS = 50
+EVIDENCE = {"code": "by its code", "run": "seen in a run", "schema": "by its state schema alone"}
+"""What an observation is known from, in words."""
 Dependency = Literal["never", "possible", "always"]
+Evidence = Literal["code", "run", "schema"]
 Role = Literal["agent", "frozen", "environment", "boundary"]
 
 
@@ -35,8 +38,11 @@ class FlexMG:
     where every run of the node is certain to call its model, and `adapter` where the adapter that
     answers has another name than the node. Edges have the attribute `kind`:
     `control` (an edge), `conditional` (a branch or `Command`), `fan_out` (`Send`) or `data` (what
-    one node may write another may read; `channel` names it, and `certain` is set where every run of
-    the second reads what a run of the first wrote).
+    one node may write another may read; `channel` names it, `evidence` says whether the second's
+    code or its state schema has it that it is read, and `certain` is set where every run of the
+    second reads what a run of the first wrote). `observed` on a node lists agents whose output it
+    was seen to read in a run; `carries` on one that always calls its model names for each channel
+    that it writes those whose content it passes on.
     """
 
     graph: nx.MultiDiGraph[str]
@@ -171,6 +177,26 @@ class FlexMG:
             return "never"
         return "always" if i != j and self._is_certain(j, i) else "possible"
 
+    def evidence(self, i: str, j: str) -> Evidence:
+        """Where it is known from that agent i may observe agent j.
+
+        `code`: the code of each node on the way says that it reads what the one before wrote.
+        `run`: some run has shown it. `schema`: the state schema of a node admits it, whose code
+        does not say what it reads; a dry run or the run itself may tell.
+
+        Raises:
+            UnknownNodeError: i or j is no node of the graph.
+        """
+        self._check(i, j)
+        if j in self.graph.nodes[i].get("observed", ()):
+            is_known = all(self._is_read_by_code(a, b) for a, b in self._hops(i, j))
+            return "code" if is_known and self.dependency(i, j) == "always" else "run"
+        hops = self._hops(i, j)
+        return "code" if all(self._is_read_by_code(a, b) for a, b in hops) else "schema"
+
+    def _hops(self, i: str, j: str) -> list[tuple[str, str]]:
+        return list(itertools.pairwise(self._ways[j].get(i, ())))
+
     def explain(self, i: str, j: str) -> str:
         """Through which channels agent i can observe agent j, or why it never does.
 
@@ -184,7 +210,8 @@ class FlexMG:
                 f"{a} -> {b} through {', '.join(self._channels(a, b))}"
                 for a, b in itertools.pairwise(path)
             )
-            return f"{i} observes {j} ({self.dependency(i, j)}): {hops}"
+            known = EVIDENCE[self.evidence(i, j)]
+            return f"{i} observes {j} ({self.dependency(i, j)}, {known}): {hops}"
         data = self.data
         if i in nx.descendants(data, j):
             between = nx.shortest_path(data, j, i)[1:-1]
@@ -306,25 +333,44 @@ class FlexMG:
     def _ways(self) -> dict[str, dict[str, list[str]]]:
         """For every node who can observe it, with a shortest way of its data there.
 
-        Data passes through nodes that make no call of their own, or may make none.
+        Data passes through nodes that make no call of their own, or may make none, and through
+        others where these pass it on beside their model's answer.
         """
-        ways: dict[str, dict[str, list[str]]] = {}
-        for source in self.graph:
-            found: dict[str, list[str]] = {}
-            waiting = deque([[source]])
-            while waiting:
-                path = waiting.popleft()
-                for following in sorted(self.data.successors(path[-1])):
-                    if following not in found:
-                        found[following] = [*path, following]
-                        if self._passes_on(following) and following != source:
-                            waiting.append(found[following])
-            ways[source] = found
-        return ways
+        return {source: self._ways_from(source) for source in self.graph}
 
-    def _passes_on(self, node: str) -> bool:
+    def _ways_from(self, source: str) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        seen: set[tuple[str, str]] = set()
+        waiting: deque[tuple[list[str], str | None]] = deque([([source], None)])
+        while waiting:
+            path, arrived = waiting.popleft()
+            for _, following, edge in sorted(
+                self.graph.out_edges(path[-1], data=True), key=lambda e: (e[1], str(e[2]))
+            ):
+                if edge["kind"] != "data":
+                    continue
+                channel = edge["channel"]
+                if arrived is not None and not self._passes_on(path[-1], arrived, channel):
+                    continue
+                way = [*path, following]
+                found.setdefault(following, way)
+                if (following, channel) not in seen and following != source:
+                    seen.add((following, channel))
+                    waiting.append((way, channel))
+        return found
+
+    def _passes_on(self, node: str, arrived: str, channel: str) -> bool:
+        """Whether what a node reads in one channel may be in what it writes to another."""
         data = self.graph.nodes[node]
-        return data["role"] != "agent" or not data.get("always_calls", False)
+        if data["role"] != "agent" or not data.get("always_calls", False):
+            return True
+        carried = data.get("carries", {}).get(channel, ())
+        is_channel = arrived.isidentifier() and arrived != "Send"
+        return bool(carried) and ("*" in carried or not is_channel or arrived in carried)
+
+    def _is_read_by_code(self, source: str, target: str) -> bool:
+        edges = (self.graph.get_edge_data(source, target) or {}).values()
+        return any(e["kind"] == "data" and e.get("evidence") == "code" for e in edges)
 
     def _is_certain(self, source: str, target: str) -> bool:
         edges = self.graph.get_edge_data(source, target) or {}

@@ -300,7 +300,7 @@ class _Watch:
             return self._view(values, note)
 
         fetching = functools.partial(fetch, *read.args, **read.keywords)
-        config = {**task.config, CONF: {**task.config[CONF], CONFIG_KEY_READ: fetching}}
+        config: Any = {**task.config, CONF: {**task.config[CONF], CONFIG_KEY_READ: fetching}}
         return dataclasses.replace(task, config=config)
 
     def _branch(self, writer: Any) -> Any:

@@ -38,9 +38,10 @@ class StateView(dict[str, Any]):
         self._note: Note = _nobody
         self._changed: set[str] = set()
 
-    @property
-    def __class__(self) -> type[dict[str, Any]]:  # type: ignore[override]
+    def _shown_class(self) -> type:
         return dict
+
+    __class__ = property(_shown_class)
 
     def _read(self, *keys: Any) -> None:
         for key in keys:
@@ -87,7 +88,7 @@ class StateView(dict[str, Any]):
         self._changed.update(new)
         super().update(new)
 
-    def __ior__(self, other: Any) -> StateView:  # type: ignore[override, misc]
+    def __ior__(self, other: Any) -> StateView:  # type: ignore[override]
         self.update(other)
         return self
 
@@ -131,7 +132,7 @@ class StateView(dict[str, Any]):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __repr__(self) -> str:
         return repr(self.copy())
@@ -214,6 +215,7 @@ def _view_class(base: type, fields: frozenset[str]) -> type:
     """A subclass whose instances note which fields are read, and say that they are of `base`."""
     read = cast("Callable[[Any, str], Any]", base.__getattribute__)
     write = cast("Callable[[Any, str, Any], None]", base.__setattr__)
+    new = cast("Callable[[type], Any]", base.__new__)
 
     def note(self: Any, names: Iterable[str]) -> None:
         known = _typed.get(id(self))
@@ -251,14 +253,14 @@ def _view_class(base: type, fields: frozenset[str]) -> type:
 
     def deep_copy(self: Any, memo: dict[int, Any]) -> Any:
         note(self, fields)
-        plain = base.__new__(base)
+        plain = new(base)
         for name, value in _slots(self, base):
             object.__setattr__(plain, name, copy.deepcopy(value, memo))
         return plain
 
     def shallow_copy(self: Any) -> Any:
         note(self, fields)
-        plain = base.__new__(base)
+        plain = new(base)
         for name, value in _slots(self, base):
             object.__setattr__(plain, name, copy.copy(value) if name == "__dict__" else value)
         return plain
@@ -274,10 +276,10 @@ def _view_class(base: type, fields: frozenset[str]) -> type:
         "__deepcopy__": deep_copy,
         "__copy__": shallow_copy,
     }
-    meta = type(base)
+    meta: Any = type(base)
     # Made without the class's own machinery, which would build a schema and register a subclass.
-    make = abc.ABCMeta.__new__ if issubclass(meta, abc.ABCMeta) else type.__new__
-    return cast("type", make(cast("Any", meta), base.__name__, (base,), body))
+    maker: Any = abc.ABCMeta if issubclass(meta, abc.ABCMeta) else type
+    return cast("type", maker.__new__(meta, base.__name__, (base,), body))
 
 
 def _slots(value: Any, base: type) -> list[tuple[str, Any]]:

@@ -27,11 +27,11 @@ class OnlyB(TypedDict):
 
 
 def write_a(state: State) -> Any:
-    return {"a": model.invoke("a").text}
+    return {"a": model.invoke(f"a {state}").text}
 
 
 def write_b(state: State) -> Any:
-    return {"b": model.invoke("b").text}
+    return {"b": model.invoke(f"b {state}").text}
 
 
 def built(nodes: dict[str, Any], *edges: tuple[str, str], **schemas: Any) -> FlexMG:

@@ -63,7 +63,9 @@ def test_the_debates_of_the_trading_team_are_loops_and_the_analysts_are_parallel
     assert flex_mg.loops == (("Bull Researcher", "Bear Researcher"), real_apps.DEBATERS)
     assert flex_mg.parallel_groups == (tuple(sorted(real_apps.ANALYSTS)),)
     assert flex_mg.dependency("Research Manager", "Trader") == "never"
-    assert flex_mg.dependency("Trader", "Bull Researcher") == "always"
+    assert flex_mg.dependency("Trader", "Bull Researcher") == "never"  # reads the plan alone
+    assert flex_mg.dependency("Trader", "Research Manager") == "always"
+    assert flex_mg.dependency("Research Manager", "Bull Researcher") == "always"
 
 
 def test_researchers_side_by_side_do_not_observe_each_other_in_a_run() -> None:
