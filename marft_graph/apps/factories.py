@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import functools
 import inspect
-import threading
 import typing
-from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, ExitStack
 from typing import Any
 
@@ -25,12 +22,17 @@ from langgraph_sdk import runtime as server_runtime
 
 from marft_graph.errors import WorkflowError
 from marft_graph.graph.compile import as_compiled
+from marft_graph.rollout.cancellation import Cancellation
+from marft_graph.rollout.process_loop import Blocked, process_loop
 
-_OPEN_SECONDS = 120.0
+_SECONDS = 120.0
 """Within which an asynchronous factory must have made its graph."""
+_TOO_LONG = f"has made no graph within {_SECONDS:g} seconds"
 
 _open = ExitStack()
 atexit.register(_open.close)
+_held: list[asyncio.Task[None]] = []
+"""Tasks that keep asynchronous context managers open."""
 
 
 def graph_from(value: Any) -> Any:
@@ -111,63 +113,52 @@ def _runtime() -> Any:
 def _opened(made: Any) -> Any:
     """The graph behind a coroutine or a context manager, which stays open."""
     if hasattr(made, "__aenter__") and hasattr(made, "__aexit__"):
-        made = _kept_open(made)
+        made = _on_the_loop(_entered(made))
     elif hasattr(made, "__enter__") and hasattr(made, "__exit__"):
         made = _open.enter_context(made)
     elif inspect.isawaitable(made):
-        made = _on_the_loop(made)
+        made = _on_the_loop(_awaited(made))
     return as_compiled(made) if isinstance(made, StateGraph) else made
 
 
-def _kept_open(context: AbstractAsyncContextManager[Any]) -> Any:
-    """Enter an asynchronous context manager; one task enters and leaves it, as anyio demands."""
-    entered: Future[Any] = Future()
+async def _entered(context: AbstractAsyncContextManager[Any]) -> Any:
+    """Enter a context manager; one task enters and leaves it, as anyio demands.
+
+    It is left when the loop ends its tasks, at the end of the process.
+    """
+    entered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     async def hold() -> None:
-        closing = asyncio.Event()
         try:
             async with context as value:
-                entered.set_result((value, closing))
-                await closing.wait()
+                entered.set_result(value)
+                await asyncio.Event().wait()
         except BaseException as error:
             if entered.done():
                 raise
             entered.set_exception(error)
 
-    loop = process_loop()
-    held = asyncio.run_coroutine_threadsafe(hold(), loop)
-    value, closing = _result_of(entered)
-
-    def close() -> None:
-        loop.call_soon_threadsafe(closing.set)
-        held.result(_OPEN_SECONDS)
-
-    _open.callback(close)
-    return value
+    _held.append(asyncio.create_task(hold()))
+    return await entered
 
 
-def _on_the_loop(made: Awaitable[Any]) -> Any:
-    async def wait() -> Any:
-        return await made
-
-    return _result_of(asyncio.run_coroutine_threadsafe(wait(), process_loop()))
+async def _awaited(made: Awaitable[Any]) -> Any:
+    return await made
 
 
-@functools.cache
-def process_loop() -> asyncio.AbstractEventLoop:
-    """An event loop that runs, in a thread of its own, as long as the process."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="marft-factories", daemon=True).start()
-    return loop
+def _on_the_loop(made: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine comes to, on the event loop that rollouts use later."""
 
+    async def in_time() -> Any:
+        try:
+            return await asyncio.wait_for(made, _SECONDS)
+        except TimeoutError as error:
+            raise WorkflowError(_TOO_LONG) from error
 
-def _result_of(future: Future[Any]) -> Any:
-    try:
-        return future.result(_OPEN_SECONDS)
-    except TimeoutError as error:
-        if future.done():
-            raise
-        future.cancel()
-        raise WorkflowError(
-            f"has made no graph within {_OPEN_SECONDS:g} seconds; what is it waiting for?"
-        ) from error
+    def blocked(block: Blocked) -> Exception | None:
+        if block.seconds < _SECONDS:
+            return None
+        return WorkflowError(f"{_TOO_LONG}; it blocks at {block.where}")
+
+    with process_loop() as loop:
+        return loop.run(in_time, threads=8, cancellation=Cancellation(), on_blocked=blocked)

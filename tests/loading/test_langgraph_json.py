@@ -181,3 +181,55 @@ def test_what_cannot_be_loaded_is_refused_with_the_reason(
     (tmp_path / "langgraph.json").write_text(json.dumps(described))
     with pytest.raises(WorkflowError, match=message):
         load_target(str(tmp_path))
+
+
+def test_what_an_asynchronous_factory_opens_serves_the_runs_and_is_closed_in_the_end(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "app.py").write_text(
+        """
+import asyncio
+from contextlib import asynccontextmanager
+from langchain_core.language_models.fake_chat_models import FakeListChatModel
+from langgraph.graph import START, MessagesState, StateGraph
+
+@asynccontextmanager
+async def graph():
+    questions = asyncio.Queue()
+    async def serve():
+        while True:
+            text, answer = await questions.get()
+            answer.set_result(f"served {text}")
+    server = asyncio.create_task(serve())
+    async def say(state):
+        answer = asyncio.get_running_loop().create_future()
+        questions.put_nowait((state["messages"][-1].text, answer))
+        said = await FakeListChatModel(responses=["own"]).ainvoke(await answer)
+        return {"messages": [said]}
+    try:
+        yield StateGraph(MessagesState).add_node(say).add_edge(START, "say")
+    finally:
+        server.cancel()
+        print("closed")
+"""
+    )
+    code = (
+        "from marft_graph import FakeEngine, run_episodes\n"
+        "from marft_graph.workflow import load_target\n"
+        "graph = load_target('app.py:graph').graph\n"
+        "for _ in range(2):\n"
+        "    engine = FakeEngine('x')\n"
+        "    (e,) = run_episodes(graph, [{'messages': 'hi'}], engine=engine, episode_timeout=20)\n"
+        "    print(e.status, e.calls[0].messages[0]['content'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    expected = ["ok served hi", "ok served hi", "closed"]
+    assert done.stdout.splitlines() == expected, done.stderr
+    assert done.stderr == ""
