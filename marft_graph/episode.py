@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Literal
 
 from marft_graph.errors import RewardError
@@ -18,6 +19,32 @@ FinishReason = Literal["stop", "length"]
 LARGEST_REWARD = 1e12
 """Rewards work up to this size: advantages are computed in float64, which then tells returns apart
 that differ by a tenth, and squares of the float32 numbers of losses and gradients stay finite."""
+
+
+class Failure(StrEnum):
+    """What kind of thing made an episode fail; `Episode.status` and `error` have the details."""
+
+    APP = "app"
+    """An exception of the app, or of an engine under it."""
+    TIMEOUT = "timeout"
+    """The episode's or a call's deadline."""
+    INTERRUPT = "interrupt"
+    """It waits for a person."""
+    REWARD = "reward"
+    """The reward function failed."""
+
+
+class SetAside(StrEnum):
+    """Why a model call that a node made is not among its episode's `calls`."""
+
+    RETRIED = "retried"
+    """It belongs to an attempt that failed and was made again."""
+    UNANSWERED = "unanswered"
+    """It got no answer."""
+    OWN_MODEL = "own_model"
+    """The node is not trained."""
+    UNDECIDED = "undecided"
+    """The app's own model was asked by a node that nobody had decided on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +166,13 @@ class Episode:
     error: str = ""
     """Where the episode failed: the full message, with the node. An episode that is `ok` and has
     one ended with an error that is the policy's own fault, and earned what was set for it."""
+    failure: Failure | None = None
+    """What kind of thing made it fail; None where it did not."""
+    failed_node: str = ""
+    """Node path of the innermost node that an exception left; empty where that was none."""
+    set_aside: tuple[tuple[str, SetAside], ...] = ()
+    """Node paths of the model calls that are not in `calls`, and why: with `calls` these are all
+    calls that the app's nodes made."""
     seed: int = 0
     example_index: int = 0
     """Position of the example in the list given to the rollout: episodes of one example share it

@@ -24,6 +24,7 @@ from marft_graph.episode import Episode
 from marft_graph.errors import EpisodesFailedError, ExportError, UnknownNodeError
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
+from marft_graph.names import agent_path
 from marft_graph.rollout.episodes import Rollout
 from marft_graph.rollout.inputs import AppInputs
 from marft_graph.rollout.rewards import Rewards
@@ -94,6 +95,12 @@ def standard_error(clusters: Sequence[Sequence[float]]) -> float:
 def failure_reasons(episodes: Sequence[Episode]) -> dict[str, int]:
     """How many episodes failed for each reason, the most frequent first."""
     counts = Counter(e.status.removeprefix("failed: ") for e in episodes if not e.ok)
+    return dict(counts.most_common())
+
+
+def failed_nodes(episodes: Sequence[Episode]) -> dict[str, int]:
+    """How many episodes failed in each node, as far as an exception left one."""
+    counts = Counter(agent_path(e.failed_node) for e in episodes if not e.ok and e.failed_node)
     return dict(counts.most_common())
 
 

@@ -38,8 +38,9 @@ from marft_graph.errors import (
     MarftError,
     TrainingCollapsedError,
 )
-from marft_graph.evaluation import EVAL_SEED, Evaluation, failure_reasons, summarize
+from marft_graph.evaluation import EVAL_SEED, Evaluation, failed_nodes, failure_reasons, summarize
 from marft_graph.graph.compile import as_compiled, compile_graph
+from marft_graph.learn.fate import count_fates, fates
 from marft_graph.learn.groups import share_of_equal_groups
 from marft_graph.learn.memory import update_within_memory
 from marft_graph.learn.supervised import imitate
@@ -60,6 +61,7 @@ from marft_graph.run.checkpoint import (
     verify,
     write_folder_atomically,
 )
+from marft_graph.run.fates import IdleNodes
 from marft_graph.run.folder import begin_in, claim_run_folder, describe_run, remove_leftovers
 from marft_graph.run.health import Health
 from marft_graph.run.lock import RunLock
@@ -217,6 +219,7 @@ class Trainer:
                 kl_ceiling=self.config.kl_ceiling,
                 return_floor=self.config.return_floor,
             )
+            self._idle = IdleNodes(self.nodes)
             self._state = RunState()
             self._is_between_steps = True
             """Whether weights, metrics and data position are those of one iteration."""
@@ -276,6 +279,7 @@ class Trainer:
                         while self._goes_on() and not self._ranks.any(stop.is_set()):
                             bar.update(self._step(log))
                         stop.check(is_asked=self._ranks.any(stop.is_set()))
+                        self._idle.sum_up(read_metrics(self.run_dir))
                     if self.config.load_best:
                         self._put_back_best()
                     after = self._evaluate_both(log, "after")
@@ -484,6 +488,7 @@ class Trainer:
             "episodes_failed": len(episodes) - len(returns),
             "episodes_filtered": len(episodes) - len(learnt),
             "failed_by_reason": failure_reasons(episodes),
+            "failed_by_node": failed_nodes(episodes),
             "faults_rewarded": sum(episode.ok and bool(episode.error) for episode in episodes),
             "threads_hung": hung_threads(),
             "out_of_memory": self._learner.out_of_memory - short_before,
@@ -502,6 +507,9 @@ class Trainer:
         if isinstance(self._engine, VllmEngine | RolloutWorkers):
             row["engine"] = self._engine.stats()
         row["collapsed"] = collapsed or self._health.problem(row)
+        found = fates(episodes, learnt, self._learner.facts, is_undone=row["collapsed"] is not None)
+        row["fates"] = count_fates(found)
+        row["never_called"] = self._idle.see(self.iteration, row["fates"])
         return row
 
     # Evaluation and the run folder

@@ -226,7 +226,7 @@ def test_inspect_html_lays_a_run_over_the_graph(
 def test_a_run_that_is_none_is_named(workflow: Path, tmp_path: Path) -> None:
     result = marft("inspect", workflow, "--format", "svg", "--run", tmp_path)
     assert result.exit_code == 2
-    assert "--run goes with --format html, not svg" in result.output
+    assert "--run goes with --format text, html, json, not svg" in result.output
 
 
 def test_inspect_shows_what_the_workflow_s_settings_train(workflow: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from marft_graph.graph.flex_mg import FlexMG
     from marft_graph.workflow import Workflow
 
+_WITH_RUN = ("text", "html", "json")
 # Formats of `inspect`, with the end of a file's name that asks for them.
 _SUFFIXES = {
     "text": ".txt",
@@ -30,7 +31,7 @@ _SUFFIXES = {
 
 
 @main.command()
-@click.argument("target")
+@click.argument("target", required=False)
 @click.option(
     "--format",
     "format_",
@@ -38,7 +39,12 @@ _SUFFIXES = {
     help="What to show.  [default: text, or what the end of --output says]",
 )
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
-@click.option("--run", type=FOLDER, help="html: show what happened in this run folder as well.")
+@click.option(
+    "--run",
+    type=FOLDER,
+    help="Show also what happened in this run folder: what became of each node's calls; html: its "
+    "curves. TARGET may be left out then.",
+)
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -48,7 +54,7 @@ _SUFFIXES = {
 @click.option("--output", type=FILE, help="Write to this file instead of the terminal.")
 @click.option("--force", is_flag=True, help="Replace the output file if there is one.")
 def inspect(
-    target: str,
+    target: str | None,
     format_: str | None,
     as_json: bool,
     run: Path | None,
@@ -65,12 +71,46 @@ def inspect(
     chosen = "json" if as_json else format_ or _format_of(output)
     if chosen == "png" and output is None:
         raise click.UsageError("a PNG is no text for a terminal; give --output FILE.png")
-    if run is not None and chosen != "html":
-        raise click.UsageError(f"--run goes with --format html, not {chosen}")
+    if run is not None and chosen not in _WITH_RUN:
+        raise click.UsageError(f"--run goes with --format {', '.join(_WITH_RUN)}, not {chosen}")
+    if target is None and (run is None or dry_run):
+        raise click.UsageError("Missing argument 'TARGET'.")
     if output is not None and output.exists() and not force:
         raise click.UsageError(f"{output} exists; give another --output, or --force to replace it")
 
     from marft_graph.graph import draw, page, picture
+
+    flex_mg = _graph_of(target, run, dry_run=dry_run)
+    told = _Run(run, flex_mg)
+    if chosen == "png" and output is not None:
+        picture.write_png(flex_mg, output)
+        click.echo(f"wrote {output}")
+        return
+    writers: dict[str, Callable[[FlexMG], str]] = {
+        "text": lambda graph: draw.summary(graph) + "\n" + told.text,
+        "mermaid": draw.to_mermaid,
+        "dot": draw.to_dot,
+        "svg": picture.to_svg,
+        "html": lambda graph: page.to_html(graph, title=target or str(run), **told.html),
+        "json": lambda graph: (
+            json.dumps(graph.to_dict() | told.values, indent=2, ensure_ascii=False) + "\n"
+        ),
+    }
+    text = writers[chosen](flex_mg)
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    output.write_text(text, encoding="utf-8")
+    click.echo(f"wrote {output}")
+
+
+def _graph_of(target: str | None, run: Path | None, *, dry_run: bool) -> FlexMG:
+    """The graph of a target, as its settings train it; without a target, that of a run."""
+    if target is None:
+        from marft_graph.run.folder import read_graph
+
+        assert run is not None  # one of the two is there
+        return read_graph(run)
     from marft_graph.graph.compile import compile_graph
     from marft_graph.workflow import load_target
 
@@ -80,30 +120,34 @@ def inspect(
     )
     if loaded.settings and flex_mg.agents:
         flex_mg = _as_trained(flex_mg, loaded.settings)
-    shown_run: dict[str, Any] = {}
-    if run is not None:
+    return flex_mg
+
+
+class _Run:
+    """What a run folder adds to what is shown; nothing where none is given."""
+
+    def __init__(self, run: Path | None, flex_mg: FlexMG) -> None:
+        self.text = ""
+        self.html: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
+        if run is None:
+            return
+        from marft_graph.run.fates import fates_dict, fates_section, fates_text
+        from marft_graph.run.folder import read_graph
         from marft_graph.run.overlay import overlays
         from marft_graph.run.report import timeline_section
+        from marft_graph.run.tracking import read_metrics
 
-        shown_run = {"overlays": overlays(flex_mg, run), "below": timeline_section(run)}
-    if chosen == "png" and output is not None:
-        picture.write_png(flex_mg, output)
-        click.echo(f"wrote {output}")
-        return
-    writers: dict[str, Callable[[FlexMG], str]] = {
-        "text": lambda graph: draw.summary(graph) + "\n",
-        "mermaid": draw.to_mermaid,
-        "dot": draw.to_dot,
-        "svg": picture.to_svg,
-        "html": lambda graph: page.to_html(graph, title=target, **shown_run),
-        "json": lambda graph: json.dumps(graph.to_dict(), indent=2, ensure_ascii=False) + "\n",
-    }
-    text = writers[chosen](flex_mg)
-    if output is None:
-        click.echo(text, nl=False)
-        return
-    output.write_text(text, encoding="utf-8")
-    click.echo(f"wrote {output}")
+        trained, rows = read_graph(run).agents, read_metrics(run)
+        said = (
+            fates_text(rows, trained) or "this run's metrics do not tell what became of its calls"
+        )
+        self.text = f"\n{said}\n"
+        self.html = {
+            "overlays": overlays(flex_mg, run),
+            "below": fates_section(rows, trained) + timeline_section(run),
+        }
+        self.values = {"fates": fates_dict(rows)}
 
 
 def _as_trained(flex_mg: FlexMG, settings: dict[str, Any]) -> FlexMG:

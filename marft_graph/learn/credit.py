@@ -6,6 +6,7 @@ a flat axis N of action tokens, call after call.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from marft_graph.learn.advantages import (
     normalize,
     token_gae,
 )
+from marft_graph.learn.fate import Place
 from marft_graph.learn.losses import action_logprobs
 
 
@@ -55,6 +57,19 @@ class AgentBatch:
         return torch.cat(
             [torch.arange(self.offsets[index], self.offsets[index + 1]) for index in indices]
         )
+
+    @property
+    def alone(self) -> frozenset[Place]:
+        """Places of the calls whose group has no other."""
+        return frozenset(itertools.compress(self.place, self.is_alone_C))
+
+    @property
+    def without_advantage(self) -> frozenset[Place]:
+        """Places of the calls all of whose tokens have advantage 0."""
+        is_taught_N = (self.advantages_N != 0).int()
+        sums = torch.cat((torch.zeros(1, dtype=torch.int64), is_taught_N.cumsum(0)))
+        is_zero_C = sums[self.offsets].diff() == 0
+        return frozenset(itertools.compress(self.place, is_zero_C.tolist()))
 
     @property
     def first_tokens(self) -> Tensor:

@@ -7,7 +7,7 @@ head; it changes the policy's adapters in place. It knows nothing of graphs, eng
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from marft_graph.episode import Call, Episode
 from marft_graph.errors import TrainingCollapsedError
 from marft_graph.learn.batches import microbatches, score, token_offsets
 from marft_graph.learn.credit import AgentBatch, assign_advantages
+from marft_graph.learn.fate import Place, UpdateFacts
 from marft_graph.learn.losses import (
     action_logprobs,
     importance_weights,
@@ -65,6 +66,8 @@ class Learner:
         found, by `find_microbatch_tokens`."""
         if self.microbatch_tokens is None:
             memory_of(team.policies[0].device)  # refused now rather than after a rollout
+        self.facts = UpdateFacts()
+        """Of the last update."""
         self.out_of_memory = 0
         """How often an update has been done again, in smaller micro-batches."""
         self.optimizers = {
@@ -101,7 +104,8 @@ class Learner:
             sequence=settings.alternate_order,
             seed=settings.seed,
         )
-        if iteration <= (settings.critic_warmup if self.critics else 0):
+        is_warm_up = iteration <= (settings.critic_warmup if self.critics else 0)
+        if is_warm_up:
             turn = ()
         batches = {
             agent: self._score(agent, places, kept, is_updated=agent in turn)
@@ -109,6 +113,12 @@ class Learner:
             if (places := _places(kept, agent))
         }
         assign_advantages(kept, batches, settings)
+        self.facts = UpdateFacts(
+            updated=frozenset(turn),
+            is_warm_up=is_warm_up,
+            without_advantage=_union(batch.without_advantage for batch in batches.values()),
+            alone=_union(batch.alone for batch in batches.values()),
+        )
         stats = {agent: self._describe(batch) for agent, batch in batches.items()}
         if settings.importance_cap is not None:
             for agent in batches.keys() & set(turn):
@@ -535,6 +545,10 @@ def _follow(
 def _calls_of(rows: Sequence[Row]) -> list[int]:
     """Indices of the calls in rows, in the order of a batch's action tokens."""
     return [index for row in rows for index in row.members]
+
+
+def _union(places: Iterable[frozenset[Place]]) -> frozenset[Place]:
+    return frozenset().union(*places)
 
 
 def _places(episodes: Sequence[Episode], agent: str) -> list[tuple[int, int]]:

@@ -15,8 +15,8 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.pregel import Pregel
 
 from marft_graph.engine.base import Engine
-from marft_graph.episode import Call, Episode, Reward
-from marft_graph.errors import EpisodeTimeoutError, RewardError
+from marft_graph.episode import Call, Episode, Failure, Reward
+from marft_graph.errors import CallTimeoutError, EpisodeTimeoutError, RewardError
 from marft_graph.names import adapter_name, agent_path
 from marft_graph.rollout.emit import shares
 from marft_graph.rollout.intercept import RUN_KEY, intercepting
@@ -144,6 +144,7 @@ class EpisodeRun:
             RewardError: a node emitted what is no reward.
         """
         status, error, earned = self._outcome()
+        ended_by = self._recorder.fatal or self._error
         attempts = dict(self._watch.attempts())
         recorded = self._recorder.calls.copy()
         marks = [_mark(call) for call in recorded]
@@ -175,9 +176,19 @@ class EpisodeRun:
             state=self._state if status == "ok" else None,
             status=status,
             error=error,
+            failure=None if status == "ok" else self._failure(),
+            failed_node="" if ended_by is None else self._watch.node_of(ended_by),
+            set_aside=self._recorder.set_aside(recorded, {p for p, _ in trace.order}),
             seed=self._plan.seed,
             example_index=self._plan.example_index,
         )
+
+    def _failure(self) -> Failure:
+        """What kind of thing ended an episode that failed."""
+        error = self._recorder.fatal or self._error
+        if isinstance(self._error, EpisodeTimeoutError) or isinstance(error, CallTimeoutError):
+            return Failure.TIMEOUT
+        return Failure.INTERRUPT if error is None else Failure.APP
 
     def _outcome(self) -> tuple[str, str, float]:
         """Status, error and what an error that is the policy's own fault earns."""

@@ -14,7 +14,7 @@ from typing import Any
 from langgraph.pregel import Pregel
 
 from marft_graph.engine.base import Engine, SupportsGate
-from marft_graph.episode import Episode
+from marft_graph.episode import Episode, Failure
 from marft_graph.errors import EpisodeTimeoutError, RewardError
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
@@ -175,7 +175,9 @@ class Rollout:
                 text = self._shared.labels.explained(str(error), cause, plan.example)
                 if self._shared.settings.reward_errors == "stop":
                     raise RewardError(text) from cause
-                episode = replace(episode, status=reward_failure(error), error=text)
+                episode = replace(
+                    episode, status=reward_failure(error), error=text, failure=Failure.REWARD
+                )
                 episode = replace(episode, state=None, outcome_reward=0.0)
             else:
                 episode = with_reward(episode, reward)

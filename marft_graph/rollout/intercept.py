@@ -120,6 +120,10 @@ class Responder(Protocol):
         """Begin to answer a call; called in whatever thread the app calls from."""
         ...
 
+    def passed(self, node: str) -> None:
+        """Told of each call that the app's own model answers, as `agent_for` named nobody."""
+        return
+
     def seconds_left(self) -> float | None:
         """How long a call may still wait; None: for ever."""
         return None
@@ -210,6 +214,13 @@ def _route(metadata: Mapping[str, Any] | None) -> tuple[_Run, Mapping[str, Any],
     return None if agent is None else (run, known, agent)
 
 
+def _tell_passed(metadata: Mapping[str, Any] | None) -> None:
+    """Tell the run of a call of one of its nodes that goes to the app's own model."""
+    found = None if _is_delegated.get() else _find(metadata)
+    if found is not None and found[0].is_active:
+        found[0].responder.passed(node_path(found[1]["langgraph_checkpoint_ns"]))
+
+
 def _find(metadata: Mapping[str, Any] | None) -> tuple[_Run, Mapping[str, Any]] | None:
     """The run and metadata of the running node; None outside."""
     inherited = (var_child_runnable_config.get() or {}).get("metadata") or {}
@@ -248,6 +259,7 @@ def _begin(
 ) -> tuple[_Run, Pending | Delegate] | None:
     routed = _route(metadata)
     if routed is None:
+        _tell_passed(metadata)
         return None
     run, known, agent = routed
     if not run.is_active:
@@ -508,6 +520,8 @@ def _stream(
         routed[0].responder.delegates
         and not self._should_stream(async_api=False, **{**kwargs, "stream": True})
     ):  # a model that cannot stream is invoked, and found again there
+        if routed is None and self._should_stream(async_api=False, **{**kwargs, "stream": True}):
+            _tell_passed(metadata)
         yield from _originals["stream"](self, input, config, stop=stop, **kwargs)
         return
     if not routed[0].responder.delegates:
@@ -532,6 +546,8 @@ async def _astream(
         routed[0].responder.delegates
         and not self._should_stream(async_api=True, **{**kwargs, "stream": True})
     ):
+        if routed is None and self._should_stream(async_api=True, **{**kwargs, "stream": True}):
+            _tell_passed(metadata)
         async for chunk in _originals["astream"](self, input, config, stop=stop, **kwargs):
             yield chunk
         return

@@ -12,7 +12,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from marft_graph.engine.base import (
     GenerationRequest,
     SamplingSettings,
 )
+from marft_graph.episode import SetAside
 from marft_graph.errors import EngineError, EpisodeTimeoutError, MarftError, RewardError
 from marft_graph.names import node_path
 from marft_graph.rollout.answers import message_for, request_for
@@ -186,6 +187,10 @@ class EpisodeRecorder(Responder):
         self.calls: list[RecordedCall] = []
         self.emitted: list[Emitted] = []
         """Rewards that nodes emitted, those of failed attempts included."""
+        self.asked: Counter[str] = Counter()
+        """Calls of trained nodes by node path, answered or not."""
+        self.passed_on: Counter[str] = Counter()
+        """Calls of other nodes, which their own models answer."""
         self.fatal: MarftError | None = None
         """The first failure that is ours and not the app's; no `except` of the app hides it."""
         self._engine = engine
@@ -209,6 +214,30 @@ class EpisodeRecorder(Responder):
         """Adapter of a trained node."""
         return self._agent_of(node)
 
+    def passed(self, node: str) -> None:
+        """Count a call that the node's own model answers."""
+        with self._lock:
+            self.passed_on[node] += 1
+
+    def set_aside(
+        self, answered: Sequence[RecordedCall], kept: Collection[int]
+    ) -> tuple[tuple[str, SetAside], ...]:
+        """The calls that are none of the episode's, and why, when the run has ended.
+
+        Args:
+            answered: `calls` at its end.
+            kept: positions in it of those that are the episode's.
+        """
+        retried = Counter(c.call.node for place, c in enumerate(answered) if place not in kept)
+        with self._lock:
+            unanswered = self.asked - Counter(recorded.call.node for recorded in answered)
+            why = (
+                (SetAside.RETRIED, retried),
+                (SetAside.UNANSWERED, unanswered),
+                (SetAside.OWN_MODEL, self.passed_on),
+            )
+            return tuple((node, reason) for reason, own in why for node in own.elements())
+
     def seconds_left(self) -> float:
         """Seconds until the episode's deadline."""
         return max(0.0, self._deadline - time.monotonic())
@@ -224,6 +253,8 @@ class EpisodeRecorder(Responder):
 
     def respond(self, call: InterceptedCall) -> Pending | Delegate:
         """Submit a call to the engine, or watch the app's own model answer it."""
+        with self._lock:
+            self.asked[call.node] += 1
         if self._engine is None:
             return self._watched(call)
         codec = self._engine.codec(call.agent)

@@ -137,6 +137,21 @@ def describe_run(
         raise CheckpointError(f"cannot write the run folder {run_dir}: {error}") from error
 
 
+def read_graph(run_dir: Path) -> FlexMG:
+    """The graph that a run trained.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    try:
+        graph = json.loads((run_dir / "graph.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{run_dir} is no run folder: cannot read graph.json: {error}"
+        ) from error
+    return FlexMG.from_dict(graph)
+
+
 def read_base_files(run_dir: Path) -> dict[str, dict[str, str]]:
     """The `fingerprint` of each base model of a run; none in a run of 0.1.0.
 

@@ -51,12 +51,7 @@ def _facts(
     calls = sum(agent.get("calls", 0) for agent in figures)
     tokens = sum(agent.get("calls", 0) * agent.get("tokens_mean", 0) for agent in figures)
     per_episode = calls_per_episode(name, recent)
-    failed = sum(
-        count
-        for row in rows
-        for reason, count in (row.get("failed_by_reason") or {}).items()
-        if reason.endswith(f" in {agent}")
-    )
+    failed = sum((row.get("failed_by_node") or {}).get(agent, 0) for row in rows)
     everything = sum(row["episodes"] for row in rows)
     facts = [
         ("calls per episode", "-" if per_episode is None else f"{per_episode:.2f}"),

@@ -6,19 +6,18 @@ Reads a run folder and nothing else. All text that a model or a user wrote is es
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from marft_graph.episode import Episode
 from marft_graph.errors import CheckpointError
-from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.graph.page import graph_view
 from marft_graph.run.advice import advice
 from marft_graph.run.changed import changed_section
 from marft_graph.run.comparison_page import STYLE, comparison_section, readable_text
-from marft_graph.run.folder import write_text_atomically
+from marft_graph.run.fates import fates_section
+from marft_graph.run.folder import read_graph, write_text_atomically
 from marft_graph.run.headline import headline_section
 from marft_graph.run.learning_charts import curves_section
 from marft_graph.run.node_table import nodes_section
@@ -42,13 +41,7 @@ def write_report(run_dir: Path, stopped_by: str = "") -> Path:
             report cannot be written.
     """
     rows, evaluations = read_metrics(run_dir), read_evaluations(run_dir)
-    try:
-        graph = json.loads((run_dir / "graph.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{run_dir} is no run folder: cannot read graph.json: {error}"
-        ) from error
-    flex_mg = FlexMG.from_dict(graph)
+    flex_mg = read_graph(run_dir)
     before, after = (
         _traces(run_dir / "traces" / f"eval_{when}.parquet") for when in ("before", "after")
     )
@@ -60,6 +53,7 @@ def write_report(run_dir: Path, stopped_by: str = "") -> Path:
         "<h2>Dependency graph</h2>",
         graph_view(flex_mg, overlays(flex_mg, run_dir)),
         nodes_section(flex_mg, rows),
+        fates_section(rows, flex_mg.agents),
         changed_section(before, after),
         curves_section(rows, evaluations),
         _spending(rows),

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from marft_graph.episode import Call, Episode
+from marft_graph.episode import Call, Episode, Failure, SetAside
 from marft_graph.errors import CheckpointError
 from marft_graph.secret import hiding
 
@@ -39,6 +39,9 @@ _SCHEMA = pa.schema(
         ("reward_parts", pa.string()),  # JSON
         ("example", pa.string()),  # JSON
         ("episode_seconds", pa.float64()),
+        ("failure", pa.string()),
+        ("failed_node", pa.string()),
+        ("set_aside", pa.string()),  # JSON
         # The call; an episode without calls has one row with index -1 and nothing here
         ("agent", pa.string()),
         ("node", pa.string()),
@@ -62,7 +65,8 @@ _SCHEMA = pa.schema(
         ("seconds", pa.float64()),
     ]
 )
-_LATER = ("reward_parts", "grammar", "tools", "usage")  # 0.1.0 had none
+# 0.1.0 had none of these
+_LATER = ("reward_parts", "grammar", "tools", "usage", "failure", "failed_node", "set_aside")
 _NEEDED = tuple(name for name in _SCHEMA.names if name not in _LATER)
 _CALL_FIELDS = tuple(_SCHEMA.names[_SCHEMA.names.index("agent") :])
 
@@ -156,6 +160,9 @@ def _rows(episode: Episode, number: int, iteration: int, phase: Phase) -> list[d
         "reward_parts": to_json(episode.reward_parts),
         "example": to_json(episode.example),
         "episode_seconds": episode.seconds,
+        "failure": episode.failure,
+        "failed_node": _utf8(episode.failed_node),
+        "set_aside": to_json(episode.set_aside),
     }
     if not episode.calls:
         return [own | {"index": -1}]
@@ -179,6 +186,11 @@ def _episode(rows: Sequence[Mapping[str, Any]]) -> Episode:
         reward_parts=json.loads(first.get("reward_parts") or "{}"),
         status=first["status"],
         error=first["error"],
+        failure=Failure(first["failure"]) if first.get("failure") else None,
+        failed_node=first.get("failed_node") or "",
+        set_aside=tuple(
+            (node, SetAside(why)) for node, why in json.loads(first.get("set_aside") or "[]")
+        ),
         seed=first["episode_seed"],
         example_index=first["example_index"],
         seconds=first["episode_seconds"],
