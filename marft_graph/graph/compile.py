@@ -170,8 +170,9 @@ class _Compiler:
 
     def _carry(self, node: Node, use: StateUse) -> None:
         """Note on an agent what it passes on besides its model's answers."""
-        if node.is_visible and node.always_calls and use.carries is not None:
-            carries = {k: sorted(v) for k, v in sorted(use.carries.items()) if v}
+        if node.is_visible and node.always_calls:
+            known = {ALL: frozenset({ALL})} if use.carries is None else use.carries
+            carries = {name: sorted(made_of) for name, made_of in sorted(known.items()) if made_of}
             self.graph.nodes[node.path]["carries"] = carries
 
     def _tasks(self, found: Findings, prefix: str, above: frozenset[int]) -> Scope:

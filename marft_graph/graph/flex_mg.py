@@ -364,7 +364,8 @@ class FlexMG:
         data = self.graph.nodes[node]
         if data["role"] != "agent" or not data.get("always_calls", False):
             return True
-        carried = data.get("carries", {}).get(channel, ())
+        carries = data.get("carries", {})
+        carried = [*carries.get(channel, ()), *carries.get("*", ())]
         is_channel = arrived.isidentifier() and arrived != "Send"
         return bool(carried) and ("*" in carried or not is_channel or arrived in carried)
 

@@ -229,6 +229,7 @@ def _mark(recorded: RecordedCall) -> CallMark:
         key=(str(steps), recorded.call.node, recorded.request.seed),
         attempts=recorded.attempts,
         answer=recorded.message.text,
+        prompt=recorded.call.messages,
     )
 
 

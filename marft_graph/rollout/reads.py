@@ -34,6 +34,7 @@ from langgraph.types import Command, PregelExecutableTask, Send
 from marft_graph.graph.channels import collects
 from marft_graph.rollout.intercept import RUN_KEY
 from marft_graph.rollout.views import (
+    Note,
     StateView,
     changed_in,
     fields_of,
@@ -59,6 +60,8 @@ class TaskReads:
     """Whether the node is a graph itself, which is handed channels by name."""
     channels: dict[str, int] = dataclasses.field(default_factory=dict)
     """Channels that it has read, each with the first moment on the episode's clock."""
+    copied: dict[str, int] = dataclasses.field(default_factory=dict)
+    """The same of those that went into a copy of the whole state, which may or may not be used."""
     routed: dict[str, int] = dataclasses.field(default_factory=dict)
     """The same of its conditional edges, which see the state after the task's writes."""
     fetched: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -117,12 +120,13 @@ class ReadLog:
         """The present moment."""
         return next(self._clock)
 
-    def noting(self, into: dict[str, int]) -> Callable[[str], None]:
+    def noting(self, into: dict[str, int], copied: dict[str, int] | None = None) -> Note:
         """A function that notes the first moment of each read."""
 
-        def note(channel: str) -> None:
-            if channel not in into:
-                into[channel] = next(self._clock)
+        def note(channel: str, is_copied: bool = False) -> None:
+            names = copied if is_copied and copied is not None else into
+            if channel not in names:
+                names[channel] = next(self._clock)
 
         return note
 
@@ -225,7 +229,7 @@ class _Watch:
         for view in self._views:
             release(view)
 
-    def _view(self, value: Any, note: Callable[[str], None]) -> Any:
+    def _view(self, value: Any, note: Note) -> Any:
         view = view_of(value, note)
         if view is not None:
             self._views.append(view)
@@ -264,7 +268,7 @@ class _Watch:
         steps = list(sequence.steps) if isinstance(sequence, RunnableSeq) else [sequence]
         bound = steps[0]
         self.reads.is_graph = isinstance(bound, Pregel)
-        note = self._log.noting(self.reads.channels)
+        note = self._log.noting(self.reads.channels, self.reads.copied)
         if isinstance(bound, ToolNode):
             task = self._fetching(task, bound)
         if not self.reads.is_graph and not _hands_state_to_tools(bound):
@@ -295,7 +299,7 @@ class _Watch:
                 return values
             if _hands_state_to_tools(node):
                 for name in values:
-                    note(name)
+                    note(name, False)
                 return values
             return self._view(values, note)
 
@@ -415,7 +419,7 @@ class _Ways:
     view: Callable[[Any], Any]
     returned: Callable[[Any, Any], Any]
     handed_on: Callable[[Any, Any], Any]
-    note: Callable[[str], None]
+    note: Note
 
 
 def _viewing(runnable: Any, ways: _Ways) -> Any:
@@ -431,7 +435,7 @@ def _viewing(runnable: Any, ways: _Ways) -> Any:
         return runnable.model_copy(update={"steps__": steps})
     if type(runnable) in _PROMPTS:
         for name in runnable.input_variables:
-            ways.note(name)
+            ways.note(name, False)
         return runnable
     is_function = isinstance(runnable, RunnableCallable) and not runnable.explode_args
     if not is_function and not (type(runnable) is RunnableLambda and _is_plain(runnable)):

@@ -26,6 +26,7 @@ from marft_graph.graph.channels import branch_channels, collects
 from marft_graph.graph.roles import inspect_node
 from marft_graph.rollout.atoms import Atom, Atoms, is_lasting, parts, text_of
 from marft_graph.rollout.reads import ReadLog, Start, TaskReads
+from marft_graph.rollout.verbatim import LEAST, as_text, leaves, shows
 from marft_graph.rollout.views import fields_of
 
 Calls = frozenset[int]
@@ -49,7 +50,8 @@ class CallMark:
 
     `begun` and `ended` count on one clock of the episode; `key` sorts calls that do not depend on
     each other, and must not depend on timing; `attempts` are namespaces and attempt numbers of the
-    tasks around the call; `answer` is the text that it was answered with.
+    tasks around the call; `prompt` and `answer` are what it was asked and the text that
+    it was answered with.
     """
 
     namespace: str
@@ -58,6 +60,7 @@ class CallMark:
     key: tuple[Any, ...] = ()
     attempts: tuple[tuple[str, int], ...] = ()
     answer: str = ""
+    prompt: Sequence[BaseMessage] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,30 +219,32 @@ class _Task:
     """What its conditional edges had read when it was over; None: not known."""
     is_over: bool = False
 
-    def input_at(self, moment: float) -> Calls:
-        """What it had read by a moment."""
+    def input_at(self, moment: float, tracer: _Tracer, text: str | None = None) -> Calls:
+        """What it had read by a moment; of a copied state what a text shows, if there is one."""
         seen, known = self.seen, self.known
         if seen.is_seen:
             read = (self.reads.get(c, _NONE) for c, at in seen.channels.items() if at < moment)
             known = _NONE.union(*read)
+            copied = [c for c, at in seen.copied.items() if at < moment]
+            known = known.union(*(tracer.shown_of(self, c, text) for c in copied))
         return known.union(
             *(self.held.get(c, _NONE) for c, at in seen.fetched.items() if at < moment)
         )
 
-    def known_at(self, moment: float, tracer: _Tracer) -> Calls:
+    def known_at(self, moment: float, tracer: _Tracer, text: str | None = None) -> Calls:
         """The input, and what the task's own calls and graph runs had answered by a moment."""
         earlier = {call for call in self.calls if tracer.calls[call].ended < moment}
         for run in self.runs:
             if run.last_moment(tracer) < moment:
                 earlier |= run.everything()
-        return self.input_at(moment) | earlier
+        return self.input_at(moment, tracer, text) | earlier
 
     def output(self, tracer: _Tracer) -> Calls:
         """What the task's writes depend on: its last calls, or its input where it made none."""
         calls = [call for call in self.calls if not self.is_router(call, tracer)]
         if not calls and not any(run.calls() for run in self.runs):
-            return self.input_at(math.inf)
-        inside = self.all_calls()
+            return self.input_at(math.inf, tracer)
+        inside = [*calls, *(call for run in self.runs for call in run.calls())]
         used = _NONE.union(*(tracer.parents.get(call, _NONE) for call in inside))
         output = frozenset(calls) - used
         for run in self.runs:
@@ -247,6 +252,11 @@ class _Task:
             if not any(end < tracer.calls[call].begun for call in calls):
                 output |= run.everything()
         return output
+
+    def has_read(self, channel: str) -> bool:
+        """Whether it read a channel at all."""
+        seen = self.seen
+        return not seen.is_seen or channel in seen.channels or channel in seen.copied
 
     def is_router(self, call: int, tracer: _Tracer) -> bool:
         """Whether a call was made by a conditional edge, after what the task wrote."""
@@ -258,7 +268,11 @@ class _Task:
         if self.runs and self.is_graph:
             return self.runs[-1].of_channel(channel)
         passed_on = tracer.passed_on(self, value)
-        return self.output(tracer) if passed_on is None else passed_on
+        if passed_on is not None:
+            return passed_on
+        if not any(not self.is_router(call, tracer) for call in self.calls):
+            return self.output(tracer)
+        return self.output(tracer) | tracer.kept_in(self, value)
 
     @property
     def is_graph(self) -> bool:
@@ -361,7 +375,8 @@ class _Tracer:
             if index not in self.parents:
                 call = self.calls[index]
                 task = self._around(call.namespace.split("|"))
-                self.parents[index] = task.known_at(call.begun, self) if task else _NONE
+                prompt = as_text(list(call.prompt))
+                self.parents[index] = task.known_at(call.begun, self, prompt) if task else _NONE
         return self.parents
 
     def input_of(self, namespace: str) -> Calls:
@@ -370,7 +385,7 @@ class _Tracer:
         One that has read nothing that a call made is about what it was given.
         """
         task = self._around(namespace.split("|"))
-        return _NONE if task is None else task.input_at(math.inf) or task.known
+        return _NONE if task is None else task.input_at(math.inf, self) or task.known
 
     def _run(self, namespace: tuple[str, ...]) -> _Run:
         if namespace not in self._runs:
@@ -440,7 +455,7 @@ class _Tracer:
         elif sender.by_branch and task.seen_by_branches is not None:
             known = task.seen_by_branches
         else:
-            known = task.input_at(math.inf) | task.output(self)
+            known = task.input_at(math.inf, self) | task.output(self)
         names = arg if isinstance(arg, Mapping) else {n: getattr(arg, n) for n in fields_of(arg)}
         reads: dict[str, Calls] = {}
         for channel, value in names.items():
@@ -454,6 +469,38 @@ class _Tracer:
     def passed_on(self, task: _Task, value: Any) -> Calls | None:
         """What a value depends on that a task wrote as it got it; None where it may be new."""
         return self._made_of(task, value, is_sent=False)
+
+    def shown_of(self, task: _Task, channel: str, text: str | None) -> Calls:
+        """What those parts of a channel depend on that a text shows; all without a text."""
+        parts = [*leaves(self._value_given(task, channel))]
+        if text is None or not parts:
+            return task.reads.get(channel, _NONE)
+        shown = [part for part, leaf in parts if shows(text, leaf)]
+        return _NONE.union(*(self._origin(task, channel, part) for part in shown))
+
+    def kept_in(self, task: _Task, value: Any) -> Calls:
+        """What texts depend on that a task read and wrote again beside its model's answer."""
+        text, answers = as_text(value), self._answers(task)
+        found = _NONE
+        for channel, calls in task.reads.items():
+            if not calls or not task.has_read(channel):
+                continue
+            for part, leaf in leaves(self._value_given(task, channel)):
+                is_new = len(leaf) >= LEAST and not any(leaf in answer for answer in answers)
+                if is_new and leaf in text:
+                    found |= self._origin(task, channel, part)
+        return found
+
+    def _origin(self, task: _Task, channel: str, part: Any) -> Calls:
+        """What one part of a channel's value depends on."""
+        atom = self._atoms.of(part)
+        if atom is not None and atom.channel == channel and atom.run == task.run.number:
+            return atom.calls
+        return task.reads.get(channel, _NONE)
+
+    def _value_given(self, task: _Task, channel: str) -> Any:
+        given = task.given
+        return given.get(channel) if isinstance(given, Mapping) else getattr(given, channel, None)
 
     def _made_of(self, task: _Task, value: Any, *, is_sent: bool) -> Calls | None:
         if isinstance(value, list | tuple) and value:
@@ -482,8 +529,7 @@ class _Tracer:
             return True
         if run is not task.run:
             return False
-        seen = task.seen
-        return not seen.is_seen or atom.channel in seen.channels or is_sent
+        return is_sent or task.has_read(atom.channel)
 
     def _given(self, task: _Task, value: Any) -> Calls | None:
         """What a value depends on that is one of those in a task's input, unchanged."""
@@ -493,8 +539,8 @@ class _Tracer:
         else:
             named = {name: getattr(given, name, None) for name in fields_of(given)}.items()
         for channel, held in named:
-            is_read = not task.seen.is_seen or channel in task.seen.channels
-            if held is value and is_read and any(part is value for part in parts(value)):
+            is_read = held is value and task.has_read(channel)
+            if is_read and any(part is value for part in parts(value)):
                 return task.reads.get(channel, _NONE)
         return None
 
@@ -503,14 +549,14 @@ class _Tracer:
         running = [task for task in run.current if not task.is_over and task.reads]
         if not run.previous and running:  # a task of the functional API, called by its entrypoint
             inner = [task.output(self) for task in run.current if task.is_over]
-            return _NONE.union(*(task.input_at(math.inf) for task in running), *inner)
+            return _NONE.union(*(task.input_at(math.inf, self) for task in running), *inner)
         if not run.previous:
             return run.entry | _NONE.union(*run.provenance.values())
         declared = run.shape.targets if run.shape is not None else {}
         senders = [t for t in run.previous if _may_send(declared.get(t.name, _NOBODY), name)]
         return _NONE.union(
             *(
-                t.input_at(math.inf) | t.output(self)
+                t.input_at(math.inf, self) | t.output(self)
                 if t.seen_by_branches is None
                 else t.seen_by_branches
                 for t in senders or run.previous
@@ -528,7 +574,8 @@ class _Tracer:
         written = result if isinstance(result, Mapping) else {}
         for call in task.calls:
             begun = self.calls[call].begun
-            self.parents[call] = task.known_at(begun, self)
+            prompt = as_text(list(self.calls[call].prompt)) if task.seen.copied else None
+            self.parents[call] = task.known_at(begun, self, prompt)
             if task.is_router(call, self):
                 self.parents[call] |= self._routed_at(task, written, begun)
         has_branches = run.shape is not None and task.name in run.shape.branches

@@ -2,7 +2,8 @@
 
 A view behaves as the state that it shows: it is a dict, or an instance of the state's own class,
 with the same values, and a change of it is a change of what its task sees. Copies of it, and what
-pickles and deep copies make, are plain. What the task itself has put into it is no read. Names
+pickles and deep copies make, are plain; so what is done with a copy is not seen, and it is noted
+that the values went into one. What the task itself has put into a view is no read. Names
 (`in`, `len`, `keys()`, iteration) are no values, so asking for them is no read either. Code in C
 that reads a dict past its methods (orjson, pydantic's validation) is not seen: `reads` says where
 the whole state counts as read for that reason. Knows neither LangGraph nor episodes.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -20,38 +22,54 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
-Note = Callable[[str], None]
-"""Told the name of a channel whose value is read."""
+Note = Callable[[str, bool], None]
+"""Told the name of a channel whose value is read, and whether only as one of a copied whole."""
 
 
-def _nobody(_: str) -> None:
+def _nobody(_: str, is_copied: bool) -> None:
     """Nothing is noted: what `type(view)(...)` makes is no view of a task's state."""
 
 
 class StateView(dict[str, Any]):
     """A dict that notes which of its values are read."""
 
-    __slots__ = ("_changed", "_note")
+    __slots__ = ("_changed", "_merging", "_note")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._note: Note = _nobody
         self._changed: set[str] = set()
+        self._merging: tuple[Any, int] | None = None
 
     def _shown_class(self) -> type:
         return dict
 
     __class__ = property(_shown_class)
 
-    def _read(self, *keys: Any) -> None:
+    def _read(self, *keys: Any, is_copied: bool = False) -> None:
         for key in keys:
             if key not in self._changed:
-                self._note(key)
+                self._note(key, is_copied)
 
     def _read_all(self) -> None:
         self._read(*dict.keys(self))
 
+    def _copy_all(self) -> None:
+        self._read(*dict.keys(self), is_copied=True)
+
+    def keys(self) -> Any:
+        """As a dict's; C code that copies the whole asks for them first, then for each value."""
+        frame = sys._getframe(1)
+        self._merging = frame.f_code, frame.f_lasti
+        return super().keys()
+
     def __getitem__(self, key: str) -> Any:
+        if self._merging is not None:
+            frame = sys._getframe(1)
+            if self._merging == (frame.f_code, frame.f_lasti):  # one instruction asked for both
+                self._read(key, is_copied=True)
+                return super().__getitem__(key)
+            self._merging = None
         self._read(key)
         return super().__getitem__(key)
 
@@ -93,10 +111,10 @@ class StateView(dict[str, Any]):
         return self
 
     def __or__(self, other: Any) -> Any:
-        return plain_of(self, self._read_all) | other
+        return plain_of(self, self._copy_all) | other
 
     def __ror__(self, other: Any) -> Any:
-        return other | plain_of(self, self._read_all)
+        return other | plain_of(self, self._copy_all)
 
     def __iter__(self) -> Any:
         # Overridden so that C code (`**state`, `dict(state)`) asks `keys` and `__getitem__`.
@@ -114,7 +132,7 @@ class StateView(dict[str, Any]):
 
     def copy(self) -> dict[str, Any]:
         """A plain dict."""
-        return plain_of(self, self._read_all)
+        return plain_of(self, self._copy_all)
 
     def __copy__(self) -> dict[str, Any]:
         return self.copy()
@@ -135,7 +153,7 @@ class StateView(dict[str, Any]):
     __hash__ = None
 
     def __repr__(self) -> str:
-        return repr(self.copy())
+        return repr(plain_of(self, self._read_all))
 
 
 def plain_of(view: StateView, read: Callable[[], None] | None = None) -> dict[str, Any]:
@@ -217,12 +235,12 @@ def _view_class(base: type, fields: frozenset[str]) -> type:
     write = cast("Callable[[Any, str, Any], None]", base.__setattr__)
     new = cast("Callable[[type], Any]", base.__new__)
 
-    def note(self: Any, names: Iterable[str]) -> None:
+    def note(self: Any, names: Iterable[str], *, is_copied: bool = False) -> None:
         known = _typed.get(id(self))
         if known is not None and not known.is_changing:
             for name in names:
                 if name not in known.changed:
-                    known.note(name)
+                    known.note(name, is_copied)
 
     def get_attribute(self: Any, name: str) -> Any:
         if name in fields:
@@ -230,7 +248,7 @@ def _view_class(base: type, fields: frozenset[str]) -> type:
         elif name == "__class__":
             return base
         elif name == "__dict__":
-            note(self, fields)
+            note(self, fields, is_copied=True)
         return read(self, name)
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
@@ -246,20 +264,20 @@ def _view_class(base: type, fields: frozenset[str]) -> type:
         known.changed.add(name)
 
     def reduce(self: Any, protocol: Any) -> Any:
-        note(self, fields)
+        note(self, fields, is_copied=True)
         plain = copy.copy(self)
         object.__setattr__(plain, "__class__", base)
         return plain.__reduce_ex__(protocol)
 
     def deep_copy(self: Any, memo: dict[int, Any]) -> Any:
-        note(self, fields)
+        note(self, fields, is_copied=True)
         plain = new(base)
         for name, value in _slots(self, base):
             object.__setattr__(plain, name, copy.deepcopy(value, memo))
         return plain
 
     def shallow_copy(self: Any) -> Any:
-        note(self, fields)
+        note(self, fields, is_copied=True)
         plain = new(base)
         for name, value in _slots(self, base):
             object.__setattr__(plain, name, copy.copy(value) if name == "__dict__" else value)
