@@ -160,10 +160,7 @@ def compare(
     examples = as_examples(dataset, "dataset", config.eval_examples or None)
     manifests = [read_manifest(p) for p in policies.values() if str(p) not in (BASE, OWN)]
     if manifests:  # the base gets the limits of the adapters that it is compared with
-        config = config.replace(
-            max_new_tokens=manifests[0].max_new_tokens,
-            constrain_output=manifests[0].constrain_output,
-        )
+        config = config.replace(**manifests[0].rollout)
     exported = dict.fromkeys(node for manifest in manifests for node in manifest.nodes)
     nodes = tuple(exported) or _trained_nodes(app, examples, given, config)
     episodes: dict[str, list[Episode]] = {}

@@ -172,8 +172,14 @@ class TrainConfig:
     )
     constrain_output: bool = setting(
         False,
-        "let calls that ask for structured output by a JSON schema write nothing else; needs the "
-        "extra `grammar`",
+        "let calls that ask for structured output by a JSON schema, or force a tool call, write "
+        "nothing else; needs the extra `grammar`",
+    )
+    schema_in_prompt: bool = setting(
+        True,
+        "tell the model what form of answer a call asks for: the JSON schema of structured output, "
+        "the tool that must be called. A paragraph of the system message says it, or of the first "
+        "message of the user where there is none",
     )
     concurrency: int = setting(256, "episodes that run at once", at_least=1)
     engine: Literal["local", "vllm"] = setting(
@@ -253,7 +259,8 @@ class TrainConfig:
     fault_rewards: tuple[str, ...] = setting(
         (),
         "exceptions that are the policy's own fault, with the outcome that they earn, such as "
-        "OutputParserException=-1; all others are failures, which nothing is learnt from",
+        "StructuredOutputError=-1 for every way in which structured output fails to parse; all "
+        "others are failures, which nothing is learnt from",
     )
     reward_errors: Literal["stop", "drop"] = setting(
         "stop", "what a reward function that fails does: stop the run, or drop its episode"
@@ -481,6 +488,7 @@ def rollout_settings(config: TrainConfig, *, greedy: bool = False) -> RolloutSet
         temperature=0.0 if greedy else config.temperature,
         max_new_tokens=config.max_new_tokens,
         constrain_output=config.constrain_output,
+        schema_in_prompt=config.schema_in_prompt,
         fault_rewards=fault_rewards_of(config.fault_rewards),
         reward_errors=config.reward_errors,
     )

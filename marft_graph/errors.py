@@ -7,6 +7,7 @@
     ├── DatasetError          the data set is empty or lacks the graph's input keys (ValueError)
     ├── ModelError            a base model or adapter cannot be loaded              (OSError)
     ├── PromptTooLongError    a prompt leaves no room in the model's context        (ValueError)
+    ├── StructuredOutputError  a structured answer did not parse, see below          (ValueError)
     ├── RewardError           the reward function raised or returned no number      (RuntimeError)
     ├── EpisodesFailedError   too many episodes failed to train on the rest         (RuntimeError)
     ├── TrainingCollapsedError  learning diverged and did not recover               (RuntimeError)
@@ -19,6 +20,10 @@
     ├── ExportError           an export folder cannot be written or read            (RuntimeError)
     ├── SandboxError          model-written code cannot be run safely here           (RuntimeError)
     └── WorkflowError         a workflow folder, file or variable cannot be loaded  (ValueError)
+
+`StructuredOutputError` is how an episode names whatever exception the app met as a structured
+answer did not parse; `fault_rewards` finds it under this name. The app itself meets the exception
+of its own model's class.
 
 Each message names what was wrong, where, and what would be accepted.
 """
@@ -50,6 +55,10 @@ class ModelError(MarftError, OSError):
 
 class PromptTooLongError(MarftError, ValueError):
     """A prompt leaves no room for a completion in the model's context."""
+
+
+class StructuredOutputError(MarftError, ValueError):
+    """An answer has not the form that the app asks for: no JSON, another schema, no tool call."""
 
 
 class RewardError(MarftError, RuntimeError):

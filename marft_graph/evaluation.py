@@ -162,9 +162,7 @@ def export_episodes(
         raise ExportError(f"{export_dir} was exported from another graph: {error}") from error
     team = exported_team(manifest, export_dir, device=config.device, base_model=base_model)
     engine = local_engine(team, config)
-    settings = config.replace(
-        max_new_tokens=manifest.max_new_tokens, constrain_output=manifest.constrain_output
-    )
+    settings = config.replace(**manifest.rollout)
     try:
         return held_out_episodes(
             app,

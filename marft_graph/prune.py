@@ -41,9 +41,7 @@ def gain_of_each_adapter(
     examples = as_examples(dataset, "dataset", config.eval_examples or None)
     team = exported_team(manifest, export_dir, device=config.device)
     engine = local_engine(team, config)
-    settings = config.replace(
-        max_new_tokens=manifest.max_new_tokens, constrain_output=manifest.constrain_output
-    )
+    settings = config.replace(**manifest.rollout)
 
     def episodes(nodes: list[str]) -> Any:
         return held_out_episodes(

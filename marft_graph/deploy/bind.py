@@ -16,22 +16,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from langchain_core.messages import AIMessage
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import ensure_config, merge_configs
 from langgraph.pregel import Pregel
 
 from marft_graph.deploy.exported import exported_team
 from marft_graph.deploy.manifest import read_manifest
-from marft_graph.engine.base import Engine
+from marft_graph.engine.base import Completion, Engine
 from marft_graph.engine.routing import local_engine
 from marft_graph.errors import ConfigError, ExportError
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
 from marft_graph.names import agent_path
 from marft_graph.policy.grammar import require_grammar_library
-from marft_graph.rollout.answers import message_for, request_for
+from marft_graph.rollout.answers import message_for, prompt_of, request_for
 from marft_graph.rollout.intercept import InterceptedCall, Pending, Responder, intercepting
 from marft_graph.rollout.recorder import stable_seed
+from marft_graph.rollout.structure import raise_as_own_model
 
 ANSWERED_BY = "marft_answered_by"
 """Key in a run's metadata: `adapters`, or `own models`."""
@@ -108,6 +110,7 @@ def bind(
         temperature=temperature,
         max_new_tokens=manifest.max_new_tokens,
         constrain_output=manifest.constrain_output,
+        schema_in_prompt=manifest.schema_in_prompt,
     )
     return BoundGraph(app, responder, share)
 
@@ -123,12 +126,14 @@ class _Adapters(Responder):
         temperature: float,
         max_new_tokens: int,
         constrain_output: bool,
+        schema_in_prompt: bool,
     ) -> None:
         self._engine = engine
         self._adapters = adapters
         self._temperature = temperature
         self._max_new_tokens = max_new_tokens
         self._constrain_output = constrain_output
+        self._schema_in_prompt = schema_in_prompt
         self._lock = threading.Lock()
         self._repeats: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
@@ -149,22 +154,32 @@ class _Adapters(Responder):
     def respond(self, call: InterceptedCall) -> Pending:
         """Submit the call; sampled answers differ from call to call, greedy ones do not."""
         codec = self._engine.codec(call.agent)
-        prompt_ids = codec.render(call.messages, call.tools)
-        asked = (call.namespace, prompt_ids)
+        prompt = prompt_of(
+            call,
+            codec,
+            max_new_tokens=self._max_new_tokens,
+            schema_in_prompt=self._schema_in_prompt,
+        )
+        asked = (call.namespace, prompt[1])
         with self._lock:
             repeat = self._repeats[asked]
             self._repeats[asked] += 1
         request = request_for(
             call,
             codec,
-            prompt_ids=prompt_ids,
+            prompt=prompt,
             seed=stable_seed(*asked, repeat),
             temperature=self._temperature if call.temperature is None else None,
             max_new_tokens=self._max_new_tokens,
             constrain_output=self._constrain_output,
         )
-        future = self._engine.submit(request)
-        return Pending(future, lambda completion: message_for(call, codec, request, completion))
+
+        def finish(completion: Completion) -> AIMessage:
+            message = message_for(call, codec, request, completion)
+            raise_as_own_model(call, message, is_cut_off=completion.finish_reason == "length")
+            return message
+
+        return Pending(self._engine.submit(request), finish)
 
 
 class BoundGraph(Runnable[Any, Any]):

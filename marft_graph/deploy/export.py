@@ -178,6 +178,7 @@ def _fill(
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,
         "constrain_output": config.constrain_output,
+        "schema_in_prompt": config.schema_in_prompt,
         "special_tokens_in_text": config.special_tokens_in_text,
         "metrics": dict(metrics),
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},

@@ -34,6 +34,8 @@ class Manifest:
     """Digest of every other file in the folder, by relative path."""
     constrain_output: bool = False
     """Whether structured output was constrained to its schema in training."""
+    schema_in_prompt: bool = False
+    """Whether models were told the form of structured output in training; older ones were not."""
     special_tokens_in_text: bool = False
     """Whether special tokens in messages' text were encoded as such in training."""
     temperature: float | None = None
@@ -42,6 +44,15 @@ class Manifest:
     """Adapter -> folder of its base model with the adapter merged in, where that was asked for."""
     serve: Sequence[str] = ()
     """Commands that serve the adapters on vLLM where they were exported to, one for each base."""
+
+    @property
+    def rollout(self) -> dict[str, Any]:
+        """Settings of the rollouts in training that the adapters need wherever they answer."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "constrain_output": self.constrain_output,
+            "schema_in_prompt": self.schema_in_prompt,
+        }
 
     def folders(self, folder: Path, base_model: str | None = None) -> dict[str, tuple[str, Path]]:
         """Base model and folder of each adapter.

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from marft_graph.deploy.manifest import Manifest
 from marft_graph.errors import ConfigError
 from marft_graph.names import agent_path
-from marft_graph.rollout.answers import schema_of
 from marft_graph.rollout.intercept import Delegate, InterceptedCall, Responder
+from marft_graph.rollout.structure import schema_of, told
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -38,6 +38,7 @@ class ServerResponder(Responder):
         if timeout <= 0:
             raise ConfigError(f"timeout is {timeout}; it must be above 0")
         self._adapters = manifest.nodes
+        self._schema_in_prompt = manifest.schema_in_prompt
         self._max_new_tokens = manifest.max_new_tokens
         self._temperature = temperature
         self._fallback = fallback
@@ -67,6 +68,10 @@ class ServerResponder(Responder):
             kwargs["tools"] = list(call.tools)
             if call.tool_choice is not None:
                 kwargs["tool_choice"] = tool_choice(call.tool_choice)
+            if call.asked.is_one_call:
+                kwargs["parallel_tool_calls"] = False
+        if call.asked.wants_logprobs:
+            kwargs["logprobs"] = True
         if call.response_format is not None:
             kwargs["response_format"] = response_format(call.response_format)
 
@@ -82,7 +87,8 @@ class ServerResponder(Responder):
             )
             return True
 
-        return Delegate(self._models[call.agent], kwargs, replaces=replaces)
+        messages = told(call) if self._schema_in_prompt else None
+        return Delegate(self._models[call.agent], kwargs, messages=messages, replaces=replaces)
 
 
 def tool_choice(asked: Any) -> Any:

@@ -99,6 +99,27 @@ class ChatCodec(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsDecode(Protocol):
+    """A codec that tells the text of single tokens."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        ...
+
+
+@runtime_checkable
+class ConstrainsToolCalls(Protocol):
+    """A codec that knows how its model writes tool calls."""
+
+    def tool_call_grammar(self, tools: Sequence[dict[str, Any]]) -> str:
+        """What a completion must fit to be a call of one of the tools, as a request's `grammar`.
+
+        Empty where the form is not known.
+        """
+        ...
+
+
 class Gate(Protocol):
     """Tells an engine when no caller can submit more before it gets an answer."""
 

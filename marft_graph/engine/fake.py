@@ -21,6 +21,7 @@ from marft_graph.engine.base import Completion, Gate, GenerationRequest
 from marft_graph.episode import FinishReason
 from marft_graph.errors import EngineError
 from marft_graph.names import agent_of_adapter
+from marft_graph.policy.forms import one_of
 
 Answer = str | AIMessage | Exception
 Answerer = Callable[..., Answer]
@@ -83,6 +84,21 @@ class ByteCodec:
                 broken = {"name": None, "args": body, "id": call_id, "error": str(error)}
                 invalid.append(broken)
         return AIMessage(content=content, tool_calls=calls, invalid_tool_calls=invalid)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of bytes, the end of a sequence left out."""
+        return bytes(token for token in ids if token != END_OF_SEQUENCE).decode(errors="replace")
+
+    def tool_call_grammar(self, tools: Sequence[dict[str, Any]]) -> str:
+        """A `<tool_call>` block; no byte is kept from writing anything else."""
+        return one_of(
+            [
+                f'{_OPEN}{{"name": {json.dumps(tool["function"]["name"])}, "args": ',
+                tool["function"].get("parameters") or {},
+                f"}}{_CLOSE}",
+            ]
+            for tool in tools
+        )
 
 
 class FakeEngine:

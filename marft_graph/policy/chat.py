@@ -24,6 +24,7 @@ from langchain_core.messages import (
 from transformers import PreTrainedTokenizerBase
 
 from marft_graph.errors import ModelError
+from marft_graph.policy.forms import one_of
 from marft_graph.policy.template_habits import TemplateHabits, habits_of
 from marft_graph.policy.tool_formats import (
     WrittenCall,
@@ -49,6 +50,7 @@ _SENTINEL = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 # So many texts' tokens are remembered: a group's episodes begin with the same.
 _REMEMBERED = 256
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_NO_PARAMETERS = {"type": "object", "properties": {}}
 _NINE_LETTER_IDS = re.compile(r"length\s*!=\s*9")
 
 
@@ -224,6 +226,29 @@ class TokenizerCodec:
             additional_kwargs={"reasoning_content": reasoning} if reasoning else {},
             response_metadata={} if cuts else {"completion_ids": list(completion_ids)},
         )
+
+    def tool_call_grammar(self, tools: Sequence[dict[str, Any]]) -> str:
+        """The form of one call of one of the tools, in the format that the template writes.
+
+        Empty where what the form lets the model write would not be read as a call again, as with a
+        template that opens its prompts inside the reasoning.
+        """
+        if not tools or not self._reads_own_form:
+            return ""
+        functions = [tool.get("function", tool) for tool in tools]
+        return one_of(
+            self._format.form(function["name"], function.get("parameters") or _NO_PARAMETERS)
+            for function in functions
+        )
+
+    @cached_property
+    def _reads_own_form(self) -> bool:
+        function = {"name": "probe", "parameters": {"type": "object", "properties": {}}}
+        parts = self._format.form("probe", function["parameters"])
+        text = "".join(part if isinstance(part, str) else "{}" for part in parts)
+        ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+        read = self.parse(ids, tools=[{"type": "function", "function": function}])
+        return [call["name"] for call in read.tool_calls] == ["probe"]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

@@ -15,6 +15,8 @@ from typing import Any
 
 from langchain_core.messages import InvalidToolCall, ToolCall
 
+from marft_graph.policy.forms import Part
+
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _BLOCK = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 _BLOCK_END = re.compile(r"\s*(?:</tool_call>|\Z)")
@@ -23,6 +25,7 @@ _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTA
 _NAMED_CALL = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\]\s*(\w+)\s*)?(?:\[ARGS\])?\s*")
 _PYTHON_TAG = "<|python_tag|>"
 _TOOL_CALLS = "[TOOL_CALLS]"
+_UNTAGGED = "([^<]|<[^/])*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,8 @@ class ToolFormat:
     """Tokens that announce a call: special in some vocabularies, but needed for reading it."""
     scan: Scan
     """Text and tool schemas -> the text outside the calls, and the calls in their order."""
+    form: Callable[[str, Mapping[str, Any]], list[Part]]
+    """Name and parameters of a tool -> the form (`policy.forms`) of one call of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,8 @@ def detect_format(template: str, vocabulary: Iterable[str] = ()) -> ToolFormat:
     """
     if "<function=" in template and "<tool_call>" in template:
         return XML
+    if _TOOL_CALLS in template and "[ARGS]" in template:
+        return MISTRAL_NAMED
     tokens = set(vocabulary)
     for tool_format, marks in (
         (MISTRAL, (_TOOL_CALLS,)),
@@ -286,10 +293,50 @@ def _scan_mistral(text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[str, l
     return _outside(text, rest, calls)
 
 
-HERMES = ToolFormat("hermes", ("<tool_call>", "</tool_call>"), _scan_hermes)
-XML = ToolFormat("xml", ("<tool_call>", "</tool_call>"), _scan_xml)
-LLAMA = ToolFormat("llama", (_PYTHON_TAG,), _scan_llama)
-MISTRAL = ToolFormat("mistral", (_TOOL_CALLS, "[CALL_ID]", "[ARGS]"), _scan_mistral)
+def _form_around(begin: str, key: str, end: str) -> Callable[[str, Mapping[str, Any]], list[Part]]:
+    """A call as an object with a name and, under `key`, its arguments."""
+
+    def form(name: str, parameters: Mapping[str, Any]) -> list[Part]:
+        opening = f'{begin}{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": '
+        return [opening, dict(parameters), "}" + end]
+
+    return form
+
+
+def _form_named(name: str, parameters: Mapping[str, Any]) -> list[Part]:
+    return [f"{_TOOL_CALLS}{name}[ARGS]", dict(parameters)]
+
+
+def _form_xml(name: str, parameters: Mapping[str, Any]) -> list[Part]:
+    """Texts stand for themselves there, as far as no tag closes in them; all else is JSON."""
+    properties: Mapping[str, Any] = parameters.get("properties") or {}
+    shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
+    parts: list[Part] = [f"<tool_call>\n<function={name}>\n"]
+    for key, schema in properties.items():
+        value: list[list[Part]] = [[{**schema, **shared}]]
+        if schema.get("type") == "string":
+            plain = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
+            value = [[text] for text in plain] or [[{"regex": _UNTAGGED}]]
+        row: list[Part] = [f"<parameter={key}>\n", {"choices": value}, "\n</parameter>\n"]
+        parts += row if key in parameters.get("required", ()) else [{"choices": [row, [""]]}]
+    return [*parts, "</function>\n</tool_call>"]
+
+
+HERMES = ToolFormat(
+    "hermes",
+    ("<tool_call>", "</tool_call>"),
+    _scan_hermes,
+    _form_around("<tool_call>\n", "arguments", "\n</tool_call>"),
+)
+XML = ToolFormat("xml", ("<tool_call>", "</tool_call>"), _scan_xml, _form_xml)
+LLAMA = ToolFormat("llama", (_PYTHON_TAG,), _scan_llama, _form_around("", "parameters", ""))
+MISTRAL = ToolFormat(
+    "mistral",
+    (_TOOL_CALLS, "[CALL_ID]", "[ARGS]"),
+    _scan_mistral,
+    _form_around(f"{_TOOL_CALLS}[", "arguments", "]"),
+)
+MISTRAL_NAMED = ToolFormat("mistral", MISTRAL.markers, _scan_mistral, _form_named)
 
 
 def _outside(

@@ -7,28 +7,60 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from langchain_core.messages import AIMessage, BaseMessage
-from pydantic import BaseModel, PydanticUserError, ValidationError
+from pydantic import PydanticUserError
 
 from marft_graph.engine.base import (
     ChatCodec,
     Completion,
+    ConstrainsToolCalls,
     GenerationRequest,
     SamplingSettings,
+    SupportsDecode,
 )
 from marft_graph.errors import ConfigError, PromptTooLongError
 from marft_graph.policy.tool_formats import fresh_id
+from marft_graph.rollout.asked import reason_in_words_of, usage_in_words_of, warn_once
 from marft_graph.rollout.intercept import InterceptedCall
+from marft_graph.rollout.structure import schema_of, structured_answer, told
+
+
+def prompt_of(
+    call: InterceptedCall, codec: ChatCodec, *, max_new_tokens: int, schema_in_prompt: bool
+) -> tuple[tuple[BaseMessage, ...], tuple[int, ...]]:
+    """The messages and token ids that a model is asked with.
+
+    They tell of the form of the answer where `schema_in_prompt` says so and the context has room
+    for it beside the answer; where it has none, that is said once for each node.
+    """
+    prompt_ids = codec.render(call.messages, call.tools)
+    if not schema_in_prompt:
+        return call.messages, prompt_ids
+    messages = told(call)
+    if messages is call.messages:
+        return messages, prompt_ids
+    told_ids = codec.render(messages, call.tools)
+    if len(told_ids) + (call.max_tokens or max_new_tokens) <= codec.context_length:
+        return messages, told_ids
+    warn_once(
+        call.node,
+        "the JSON schema that node %r asks for is not in its prompts: with it they have %d tokens, "
+        "which leaves no room for the answer in the model's context of %d. Take a shorter schema "
+        "or a base model with a longer context, or set schema_in_prompt to false",
+        len(told_ids),
+        codec.context_length,
+    )
+    return call.messages, prompt_ids
 
 
 def request_for(
     call: InterceptedCall,
     codec: ChatCodec,
     *,
-    prompt_ids: tuple[int, ...] | None = None,
+    prompt: tuple[tuple[BaseMessage, ...], tuple[int, ...]] | None = None,
     seed: int = 0,
     order: tuple[Any, ...] = (),
     temperature: float | None = None,
@@ -41,21 +73,20 @@ def request_for(
     Args:
         call: what the node asks.
         codec: renders the prompt.
-        prompt_ids: the rendered prompt, where it has been rendered already.
+        prompt: what `prompt_of` gives; None: the app's messages alone.
         seed: of the sample.
         order: sorts the request among others.
         temperature: overrides the app's; None: what the app asks for, else 1.
         max_new_tokens: limit where the app sets none.
-        constrain_output: let a call that asks for structured output write nothing else. One that
-            may also answer with a tool call stays free, as does structure asked for as a tool call.
+        constrain_output: let a call that asks for structured output, or forces a tool call, write
+            nothing else. One that may answer either way stays free.
         timeout: seconds within which it must be answered; None: any time.
 
     Raises:
         PromptTooLongError: the prompt leaves no room for a single token.
         ConfigError: the structure that is asked for has no JSON schema.
     """
-    if prompt_ids is None:
-        prompt_ids = codec.render(call.messages, call.tools)
+    messages, prompt_ids = prompt or (call.messages, codec.render(call.messages, call.tools))
     room = codec.context_length - len(prompt_ids)
     if room < 1:
         raise PromptTooLongError(
@@ -78,24 +109,38 @@ def request_for(
         tools=call.tools,
         tool_choice=call.tool_choice,
         response_format=call.response_format,
-        grammar=_grammar(call) if constrain_output else "",
-        messages=call.messages,
+        grammar=_grammar(call, codec) if constrain_output else "",
+        messages=messages,
     )
 
 
 def message_for(
     call: InterceptedCall, codec: ChatCodec, request: GenerationRequest, completion: Completion
 ) -> AIMessage:
-    """The message that the app gets for a completion."""
+    """The message that the app gets for a completion, as its own model's class would make it."""
+    tools = () if call.tool_choice == "none" else call.tools
     message = _with_new_call_ids(
-        codec.parse(completion.ids, stop=call.stop, tools=call.tools), call.messages
+        codec.parse(completion.ids, stop=call.stop, tools=tools), call.messages
     )
+    if call.asked.is_one_call:
+        message = _with_one_call(message)
     read, written = len(request.prompt_ids), len(completion.ids)
-    reason = "tool_calls" if message.tool_calls else completion.finish_reason
+    is_cut_off = completion.finish_reason == "length"
+    reason = "tool_calls" if message.tool_calls and not is_cut_off else completion.finish_reason
     extra = dict(message.additional_kwargs)
     parsed = structured_answer(message.text, call.response_format)
     if parsed is not None:
         extra["parsed"] = parsed
+    metadata: dict[str, Any] = {
+        **message.response_metadata,
+        **usage_in_words_of(call.asked.provider, read, written),
+        **reason_in_words_of(call.asked.provider, reason),
+        "model_name": call.model_name or call.agent,
+        "model_provider": "marft-graph",
+        "adapter": call.agent,
+    }
+    if call.asked.wants_logprobs:
+        metadata["logprobs"] = _logprobs(codec, completion)
     return message.model_copy(
         update={
             "id": f"run-{uuid.uuid4()}",
@@ -105,14 +150,26 @@ def message_for(
                 "output_tokens": written,
                 "total_tokens": read + written,
             },
-            "response_metadata": {
-                **message.response_metadata,
-                "finish_reason": reason,
-                "model_name": call.agent,
-                "model_provider": "marft-graph",
-            },
+            "response_metadata": metadata,
         }
     )
+
+
+def _logprobs(codec: ChatCodec, completion: Completion) -> dict[str, Any]:
+    """The written tokens' log-probs as OpenAI's API gives them."""
+    content: list[dict[str, Any]] = []
+    for token, logprob in zip(completion.ids, completion.logprobs, strict=True):
+        text = codec.decode([token]) if isinstance(codec, SupportsDecode) else ""
+        entry = {"token": text, "bytes": list(text.encode()), "logprob": logprob}
+        content.append(entry | {"top_logprobs": []})
+    return {"content": content, "refusal": None}
+
+
+def _with_one_call(message: AIMessage) -> AIMessage:
+    """The message with its first tool call alone: an API that is told so gives no second one."""
+    calls = message.tool_calls[:1]
+    invalid = [] if calls else message.invalid_tool_calls[:1]
+    return message.model_copy(update={"tool_calls": calls, "invalid_tool_calls": invalid})
 
 
 def _with_new_call_ids(message: AIMessage, earlier: Sequence[BaseMessage]) -> AIMessage:
@@ -139,55 +196,11 @@ def _with_new_call_ids(message: AIMessage, earlier: Sequence[BaseMessage]) -> AI
     )
 
 
-def structured_answer(text: str, response_format: Any) -> Any:
-    """What OpenAI models put into `parsed`: the answer's JSON, validated; None where it is invalid.
-
-    Leaving it out lets the app meet its own usual error, as with a model that answered badly.
-
-    >>> structured_answer('{"answer": 12}', {"type": "json_schema"})
-    {'answer': 12}
-    """
-    if response_format is None:
-        return None
-    if isinstance(response_format, type) and issubclass(response_format, BaseModel):
-        try:
-            return response_format.model_validate_json(text)
-        except ValidationError:
-            return None
-    if not isinstance(response_format, dict) or response_format.get("type") != "json_schema":
-        return None
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def schema_of(response_format: Any) -> Mapping[str, Any] | None:
-    """The JSON schema that a response format stands for; None where any text will do.
-
-    It is a pydantic class, a format of OpenAI's, or a JSON schema itself.
-
-    >>> schema_of({"type": "json_schema", "json_schema": {"schema": {"type": "integer"}}})
-    {'type': 'integer'}
-    >>> schema_of({"type": "json_object"})
-    {'type': 'object', 'additionalProperties': True}
-    """
-    if isinstance(response_format, type) and issubclass(response_format, BaseModel):
-        return response_format.model_json_schema()
-    if not isinstance(response_format, Mapping):
-        return None
-    kind = response_format.get("type")
-    if kind == "json_schema":
-        inner = response_format.get("json_schema", response_format)
-        schema: Mapping[str, Any] = inner.get("schema", inner)
-        return schema
-    if kind == "json_object":
-        return {"type": "object", "additionalProperties": True}
-    return None if kind == "text" else response_format
-
-
-def _grammar(call: InterceptedCall) -> str:
-    """The schema that a call's answer must fit, as text; empty where it is free."""
+def _grammar(call: InterceptedCall, codec: ChatCodec) -> str:
+    """What a call's answer must fit, as text; empty where it is free."""
+    if call.asked.forced_tools:
+        tools = [t for t in call.tools if t["function"]["name"] in call.asked.forced_tools]
+        return codec.tool_call_grammar(tools) if isinstance(codec, ConstrainsToolCalls) else ""
     if call.tools and call.tool_choice != "none":
         return ""
     try:

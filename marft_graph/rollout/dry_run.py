@@ -21,9 +21,9 @@ from marft_graph.engine.fake import FakeEngine
 from marft_graph.episode import Episode
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.names import agent_path
-from marft_graph.rollout.answers import schema_of
 from marft_graph.rollout.inputs import InputFunction
 from marft_graph.rollout.runner import run_episodes
+from marft_graph.rollout.structure import schema_of
 
 TEXT = "dry run"
 _MOST_EXAMPLES = 8

@@ -26,6 +26,7 @@ from marft_graph.rollout.reads import recording_reads
 from marft_graph.rollout.recorder import EpisodeRecorder, RecordedCall, TaskWatch, readable
 from marft_graph.rollout.rewards import shown
 from marft_graph.rollout.settings import RolloutSettings
+from marft_graph.rollout.structure import FAULT_NAMES, failure_of
 from marft_graph.rollout.trace import CallMark, Event, GraphShape, is_last_attempt, trace_episode
 from marft_graph.rollout.worker_threads import owned_by
 
@@ -210,13 +211,20 @@ class EpisodeRun:
         if error is None:
             return "ok", "", 0.0
         node = self._watch.node_of(error)
-        name = type(error).__name__
+        name, said = type(error).__name__, str(error)
+        names = [kind.__name__ for kind in type(error).__mro__]
+        answers = [(recorded.call, recorded.problem) for recorded in self._recorder.calls]
+        why = failure_of(error, self._watch.task_of(error), answers)
+        if why is not None:
+            name, said = FAULT_NAMES[0], why if why == said else f"{why} ({name}: {said})"
+            names += FAULT_NAMES
         where = f" in {node}" if node else ""
-        text = f"{name}{where and f' in node {node!r}'}: {error}"
+        text = f"{name}{where and f' in node {node!r}'}: {said}"
         text = self._shared.labels.explained(text, error, self._plan.example)
-        for kind in type(error).__mro__:
-            if kind.__name__ in self._shared.settings.fault_rewards:
-                return "ok", text, self._shared.settings.fault_rewards[kind.__name__]
+        rewards = self._shared.settings.fault_rewards
+        for kind in names:
+            if kind in rewards:
+                return "ok", text, rewards[kind]
         return f"failed: {name}{where}", text, 0.0
 
 
@@ -246,7 +254,7 @@ def _call(recorded: RecordedCall, index: int, parents: tuple[int, ...]) -> Call:
         finish_reason=completion.finish_reason,
         adapter_version=completion.adapter_version,
         temperature=request.sampling.temperature,
-        messages=tuple(readable(message) for message in (*call.messages, recorded.message)),
+        messages=tuple(readable(message) for message in (*request.messages, recorded.message)),
         task_id=call.task_id,
         step=call.step,
         seed=request.seed,
@@ -275,6 +283,8 @@ def _usage(recorded: RecordedCall) -> tuple[int, int] | None:
     counted = recorded.message.usage_metadata
     if recorded.completion.ids or counted is None:
         return None
+    if "input_tokens" not in counted or "output_tokens" not in counted:
+        return None  # a cache answered: LangChain counts nothing then
     return counted["input_tokens"], counted["output_tokens"]
 
 

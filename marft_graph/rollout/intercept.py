@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import dataclasses
-import json
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from langchain_core.language_models import _compat_bridge
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import (
     AIMessage,
@@ -27,13 +25,13 @@ from langchain_core.messages import (
     BaseMessage,
     message_chunk_to_message,
 )
-from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables.config import RunnableConfig, ensure_config, var_child_runnable_config
-from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from marft_graph.errors import ConfigError, EpisodeTimeoutError
 from marft_graph.names import node_path
+from marft_graph.rollout import streaming
+from marft_graph.rollout.asked import REASON_KEYS, Asked, what_is_asked
 
 RUN_KEY = "marft_run"
 """Key of the run's id in a config's metadata; calls that lost their context are found by it."""
@@ -67,8 +65,11 @@ class InterceptedCall:
     tools: tuple[dict[str, Any], ...] = ()
     """Tool schemas in OpenAI form."""
     tool_choice: Any = None
+    """Which tool the app asks for, in OpenAI form."""
     response_format: Any = None
     """A pydantic class or a JSON schema dict, where structured output is asked for that way."""
+    asked: Asked = dataclasses.field(default_factory=Asked)
+    """What else the app wants of the answer, and in whose words."""
     stop: tuple[str, ...] = ()
     max_tokens: int | None = None
     temperature: float | None = None
@@ -98,6 +99,8 @@ class Delegate:
     """None: the app's own model, asked exactly as the app asks it."""
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What another model is asked with: tools, limits and the like in its own terms."""
+    messages: Sequence[BaseMessage] | None = None
+    """What another model is asked, where that is not what the app's own would be asked."""
     answered: Callable[[AIMessage], None] | None = None
     """Told the whole answer."""
     replaces: Callable[[Exception], bool] | None = None
@@ -289,6 +292,7 @@ def _read_call(
     stops = stop or given.get("stop") or own.get("ls_stop") or getattr(model, "stop", None) or ()
     limit = given.get("max_completion_tokens") or given.get("max_tokens")
     temperature = given.get("temperature", own.get("ls_temperature"))
+    tools, choice, structure, asked = what_is_asked(model, given, node_path(namespace))
     return InterceptedCall(
         agent=agent,
         node=node_path(namespace),
@@ -296,9 +300,10 @@ def _read_call(
         step=int(metadata.get("langgraph_step", 0)),
         path=tuple(metadata.get("langgraph_path", ())),
         messages=tuple(messages),
-        tools=tuple(convert_to_openai_tool(tool) for tool in given.get("tools", ())),
-        tool_choice=given.get("tool_choice"),
-        response_format=given.get("response_format"),
+        tools=tools,
+        tool_choice=choice,
+        response_format=structure,
+        asked=asked,
         stop=(stops,) if isinstance(stops, str) else tuple(stops),
         max_tokens=limit or own.get("ls_max_tokens"),
         temperature=None if temperature is None else float(temperature),
@@ -349,6 +354,13 @@ def _asked(
         yield own, {"stop": stop, **kwargs}
 
 
+def _prompt(delegate: Delegate, model: BaseChatModel, messages: Any) -> Any:
+    """What a model is asked: the app's own gets the app's messages."""
+    if delegate.messages is None or model is not delegate.model:
+        return messages
+    return list(delegate.messages)
+
+
 def _may_go_on(delegate: Delegate, model: BaseChatModel, error: Exception) -> bool:
     return model is delegate.model and delegate.replaces is not None and delegate.replaces(error)
 
@@ -366,7 +378,7 @@ def _delegated(
         for model, asked in _asked(delegate, own, stop, kwargs):
             try:
                 result: ChatResult = _originals["_generate_with_cache"](
-                    model, messages, run_manager=run_manager, **asked
+                    model, _prompt(delegate, model, messages), run_manager=run_manager, **asked
                 )
             except Exception as error:
                 if not _may_go_on(delegate, model, error):
@@ -392,7 +404,7 @@ async def _adelegated(
         for model, asked in _asked(delegate, own, stop, kwargs):
             try:
                 result: ChatResult = await _originals["_agenerate_with_cache"](
-                    model, messages, run_manager=run_manager, **asked
+                    model, _prompt(delegate, model, messages), run_manager=run_manager, **asked
                 )
             except Exception as error:
                 if not _may_go_on(delegate, model, error):
@@ -407,9 +419,13 @@ async def _adelegated(
 
 def _tell(delegate: Delegate, message: BaseMessage) -> None:
     if delegate.answered is not None and isinstance(message, AIMessage):
-        whole = message_chunk_to_message(message)
-        assert isinstance(whole, AIMessage)
-        delegate.answered(whole)
+        delegate.answered(_whole(message))
+
+
+def _whole(message: BaseMessage) -> AIMessage:
+    whole = message_chunk_to_message(message)
+    assert isinstance(whole, AIMessage)
+    return whole
 
 
 def _delegated_stream(
@@ -423,7 +439,9 @@ def _delegated_stream(
     for model, asked in _asked(delegate, own, stop, kwargs):
         whole: AIMessageChunk | None = None
         try:
-            for chunk in _originals["stream"](model, input, config, **asked):
+            for chunk in _originals["stream"](
+                model, _prompt(delegate, model, input), config, **asked
+            ):
                 whole = chunk if whole is None else whole + chunk
                 yield chunk
         except Exception as error:
@@ -446,7 +464,9 @@ async def _adelegated_stream(
     for model, asked in _asked(delegate, own, stop, kwargs):
         whole: AIMessageChunk | None = None
         try:
-            async for chunk in _originals["astream"](model, input, config, **asked):
+            async for chunk in _originals["astream"](
+                model, _prompt(delegate, model, input), config, **asked
+            ):
                 whole = chunk if whole is None else whole + chunk
                 yield chunk
         except Exception as error:
@@ -477,7 +497,9 @@ def _generate(
     run, answer = begun
     if isinstance(answer, Delegate):
         return _delegated(answer, self, messages, stop, run_manager, kwargs)
-    return _result(self, _wait(run, answer))
+    message = _wait(run, answer)
+    streaming.tell(self, message, run_manager, kwargs)
+    return _result(self, message)
 
 
 async def _agenerate(
@@ -496,14 +518,37 @@ async def _agenerate(
     run, answer = begun
     if isinstance(answer, Delegate):
         return await _adelegated(answer, self, messages, stop, run_manager, kwargs)
-    return _result(self, await _await(run, answer))
+    message = await _await(run, answer)
+    await streaming.atell(self, message, run_manager, kwargs)
+    return _result(self, message)
 
 
 def _result(model: BaseChatModel, message: AIMessage) -> ChatResult:
     if model.output_version == "v1":
         message = message.model_copy(update={"content": message.content_blocks})
-    info = {"finish_reason": message.response_metadata.get("finish_reason")}
-    return ChatResult(generations=[ChatGeneration(message=message, generation_info=info)])
+    known = message.response_metadata
+    info = {name: known[name] for name in REASON_KEYS if name in known}
+    output = {name: known[name] for name in ("token_usage", "model_name") if name in known}
+    generation = ChatGeneration(message=message, generation_info=info)
+    return ChatResult(generations=[generation], llm_output=output)
+
+
+def _streams(model: BaseChatModel, metadata: Mapping[str, Any] | None) -> streaming.Answering:
+    """The model as one that streams what the run answers."""
+
+    def begin(messages: Any, stop: Any, kwargs: Mapping[str, Any]) -> tuple[_Run, Pending]:
+        begun = _begin(model, messages, stop, metadata, kwargs)
+        if begun is None or isinstance(begun[1], Delegate):
+            raise RuntimeError("the run that was to answer a streamed call does so no more")
+        return begun[0], begun[1]
+
+    def ask(messages: Any, stop: Any, kwargs: Mapping[str, Any]) -> AIMessage:
+        return _wait(*begin(messages, stop, kwargs))
+
+    async def aask(messages: Any, stop: Any, kwargs: Mapping[str, Any]) -> AIMessage:
+        return await _await(*begin(messages, stop, kwargs))
+
+    return streaming.Answering(model, ask=ask, aask=aask)
 
 
 def _stream(
@@ -516,16 +561,15 @@ def _stream(
 ) -> Iterator[AIMessageChunk]:
     metadata = ensure_config(config).get("metadata")
     routed = _route(metadata)
-    if routed is None or (
-        routed[0].responder.delegates
-        and not self._should_stream(async_api=False, **{**kwargs, "stream": True})
+    if (
+        routed is None
+        or not routed[0].responder.delegates
+        or not self._should_stream(async_api=False, **{**kwargs, "stream": True})
     ):  # a model that cannot stream is invoked, and found again there
         if routed is None and self._should_stream(async_api=False, **{**kwargs, "stream": True}):
             _tell_passed(metadata)
-        yield from _originals["stream"](self, input, config, stop=stop, **kwargs)
-        return
-    if not routed[0].responder.delegates:
-        yield _chunk(self.invoke(input, config, stop=stop, **kwargs))
+        model = self if routed is None else _streams(self, metadata)
+        yield from _originals["stream"](model, input, config, stop=stop, **kwargs)
         return
     begun = _begin(self, self._convert_input(input).to_messages(), stop, metadata, kwargs)
     if begun is not None and isinstance(begun[1], Delegate):
@@ -542,44 +586,22 @@ async def _astream(
 ) -> AsyncIterator[AIMessageChunk]:
     metadata = ensure_config(config).get("metadata")
     routed = _route(metadata)
-    if routed is None or (
-        routed[0].responder.delegates
-        and not self._should_stream(async_api=True, **{**kwargs, "stream": True})
+    if (
+        routed is None
+        or not routed[0].responder.delegates
+        or not self._should_stream(async_api=True, **{**kwargs, "stream": True})
     ):
         if routed is None and self._should_stream(async_api=True, **{**kwargs, "stream": True}):
             _tell_passed(metadata)
-        async for chunk in _originals["astream"](self, input, config, stop=stop, **kwargs):
+        model = self if routed is None else _streams(self, metadata)
+        async for chunk in _originals["astream"](model, input, config, stop=stop, **kwargs):
             yield chunk
-        return
-    if not routed[0].responder.delegates:
-        yield _chunk(await self.ainvoke(input, config, stop=stop, **kwargs))
         return
     begun = _begin(self, self._convert_input(input).to_messages(), stop, metadata, kwargs)
     if begun is not None and isinstance(begun[1], Delegate):
         stream = _adelegated_stream(begun[1], self, input, config, stop, kwargs)
         async for chunk in stream:
             yield chunk
-
-
-def _chunk(message: AIMessage) -> AIMessageChunk:
-    """The whole answer as one chunk: apps read `tool_call_chunks` and add chunks up."""
-    calls = [
-        tool_call_chunk(name=call["name"], args=_json(call["args"]), id=call["id"], index=index)
-        for index, call in enumerate([*message.tool_calls, *message.invalid_tool_calls])
-    ]
-    return AIMessageChunk(
-        content=message.content,
-        additional_kwargs=message.additional_kwargs,
-        response_metadata=message.response_metadata,
-        usage_metadata=message.usage_metadata,
-        id=message.id,
-        tool_call_chunks=calls,
-        chunk_position="last",
-    )
-
-
-def _json(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments)
 
 
 def _iter_events(
@@ -601,10 +623,10 @@ def _iter_events(
     if isinstance(answer, Delegate):
         # The callbacks of the run get the events below, so the model is asked without them.
         result = _delegated(answer, self, messages, stop, None, kwargs)
-        message = result.generations[0].message
+        message = _whole(result.generations[0].message)
     else:
         message = _wait(run, answer)
-    for event in _compat_bridge.message_to_events(message, message_id=stream.message_id):
+    for event in streaming.events_of(message, stream.message_id):
         stream.dispatch(event)
         run_manager.on_stream_event(event)
         yield event
@@ -629,10 +651,10 @@ async def _aiter_events(
     run, answer = begun
     if isinstance(answer, Delegate):
         result = await _adelegated(answer, self, messages, stop, None, kwargs)
-        message = result.generations[0].message
+        message = _whole(result.generations[0].message)
     else:
         message = await _await(run, answer)
-    for event in _compat_bridge.message_to_events(message, message_id=stream.message_id):
+    for event in streaming.events_of(message, stream.message_id):
         stream.dispatch(event)
         await run_manager.on_stream_event(event)
         yield event

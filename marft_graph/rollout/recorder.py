@@ -12,7 +12,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,13 +31,15 @@ from marft_graph.engine.base import (
 from marft_graph.episode import SetAside
 from marft_graph.errors import EngineError, EpisodeTimeoutError, MarftError, RewardError
 from marft_graph.names import node_path
-from marft_graph.rollout.answers import message_for, request_for
+from marft_graph.rollout.answers import message_for, prompt_of, request_for
+from marft_graph.rollout.asked import CUT_OFF, REASON_KEYS
 from marft_graph.rollout.emit import Emitted
 from marft_graph.rollout.intercept import Delegate, InterceptedCall, Pending, Responder
 from marft_graph.rollout.quiescence import Quiescence
 from marft_graph.rollout.reads import ReadLog
 from marft_graph.rollout.rewards import finite_number
 from marft_graph.rollout.settings import RolloutSettings
+from marft_graph.rollout.structure import problem_of, raise_as_own_model, told
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class RecordedCall:
     """Positions on the episode's clock: a call that ended before another began was known to it."""
     started: float
     seconds: float
+    problem: str = ""
+    """Why the answer has not the form that the app asks for; empty: it has, or is free."""
 
 
 class _Began(NamedTuple):
@@ -88,7 +92,7 @@ class TaskWatch(BaseCallbackHandler):
 
     def __init__(self) -> None:
         self.failures: list[tuple[BaseException, str]] = []
-        """Exceptions with the node path of the task that they left, innermost first."""
+        """Exceptions with the namespace of the task that they left, innermost first."""
         self._lock = threading.Lock()
         self._namespaces: dict[UUID, str] = {}
         self._task_runs: dict[UUID, str] = {}
@@ -125,7 +129,7 @@ class TaskWatch(BaseCallbackHandler):
         with self._lock:
             namespace = self._task_runs.get(run_id)
             if namespace is not None:
-                self.failures.append((error, node_path(namespace)))
+                self.failures.append((error, namespace))
 
     def lineage(self, namespace: str) -> tuple[Any, ...]:
         """Places of the tasks around a call, without task ids."""
@@ -141,13 +145,18 @@ class TaskWatch(BaseCallbackHandler):
             names = list(self._attempts) if namespace is None else _prefixes(namespace)
             return tuple((name, self._attempts.get(name, 1)) for name in names)
 
-    def node_of(self, error: BaseException) -> str:
-        """The innermost node that raised an exception, or an exception that caused it."""
+    def task_of(self, error: BaseException) -> str:
+        """Namespace of the innermost task that an exception left; empty: of none."""
         with self._lock:
-            for seen, node in self.failures:
+            for seen, namespace in self.failures:
                 if seen is error:
-                    return node
+                    return namespace
         return ""
+
+    def node_of(self, error: BaseException) -> str:
+        """The innermost node that an exception left; empty: none."""
+        task = self.task_of(error)
+        return node_path(task) if task else ""
 
 
 def _prefixes(namespace: str) -> list[str]:
@@ -258,7 +267,13 @@ class EpisodeRecorder(Responder):
         if self._engine is None:
             return self._watched(call)
         codec = self._engine.codec(call.agent)
-        prompt_ids = codec.render(call.messages, call.tools)
+        prompt = prompt_of(
+            call,
+            codec,
+            max_new_tokens=self._settings.max_new_tokens,
+            schema_in_prompt=self._settings.schema_in_prompt,
+        )
+        prompt_ids = prompt[1]
         lineage = self._watch.lineage(call.namespace)
         attempts = self._watch.attempts(call.namespace)
         with self._lock:
@@ -273,7 +288,7 @@ class EpisodeRecorder(Responder):
             request = request_for(
                 call,
                 codec,
-                prompt_ids=prompt_ids,
+                prompt=prompt,
                 seed=seed,
                 order=(*self._order, call.node, call.step, str(lineage), seed),
                 temperature=self._settings.temperature,
@@ -303,6 +318,7 @@ class EpisodeRecorder(Responder):
                 raise error
             message = message_for(call, codec, request, completion)
             self._keep(call, request, completion, message, began)
+            raise_as_own_model(call, message, is_cut_off=completion.finish_reason == "length")
             return message
 
         return Pending(future, finish)
@@ -316,16 +332,14 @@ class EpisodeRecorder(Responder):
         began = _Began(lineage, attempts, begun, time.monotonic())
 
         def answered(message: AIMessage) -> None:
-            reason = message.response_metadata.get("finish_reason")
-            reason = reason or message.response_metadata.get("stop_reason")
-            completion = Completion(
-                (), (), "length" if reason in ("length", "max_tokens") else "stop", 0
-            )
+            reasons = {message.response_metadata.get(name) for name in REASON_KEYS}
+            completion = Completion((), (), "length" if reasons & CUT_OFF else "stop", 0)
             sampling = SamplingSettings(
                 temperature=1.0 if call.temperature is None else call.temperature
             )
             seed = stable_seed(call.node, lineage, [m.text for m in call.messages])
-            request = GenerationRequest(call.agent, (), sampling, seed=seed)
+            messages = told(call) if self._settings.schema_in_prompt else call.messages
+            request = GenerationRequest(call.agent, (), sampling, seed=seed, messages=messages)
             self._keep(call, request, completion, message, began)
 
         return Delegate(answered=answered)
@@ -339,6 +353,13 @@ class EpisodeRecorder(Responder):
         began: _Began,
     ) -> None:
         """A call has been answered."""
+        counted: Mapping[str, Any] = message.usage_metadata or {}
+        problem = problem_of(
+            call,
+            message,
+            is_cut_off=completion.finish_reason == "length",
+            tokens=len(completion.ids) or counted.get("output_tokens", 0),
+        )
         with self._lock:
             self.calls.append(
                 RecordedCall(
@@ -352,6 +373,7 @@ class EpisodeRecorder(Responder):
                     ended=next(self._clock),
                     started=began.time - self._started,
                     seconds=time.monotonic() - began.time,
+                    problem=problem,
                 )
             )
 

@@ -39,6 +39,7 @@ def run_episodes(
     temperature: float | None = None,
     max_new_tokens: int = 256,
     constrain_output: bool = False,
+    schema_in_prompt: bool = True,
     greedy: bool = False,
     fault_rewards: Mapping[str, float] | None = None,
     reward_errors: Literal["stop", "drop"] = "stop",
@@ -73,8 +74,10 @@ def run_episodes(
         reward_concurrency: reward functions that run at once; synchronous ones in worker threads.
         temperature: sampling temperature; none: what the app asks for, else 1.
         max_new_tokens: limit of a completion where the app sets none.
-        constrain_output: let calls that ask for structured output by a JSON schema write nothing
-            else, on an engine that can (the local one, with the extra `grammar`).
+        constrain_output: let calls that ask for structured output by a JSON schema, or force a
+            tool call, write nothing else, on an engine that can (the local one, with the extra
+            `grammar`).
+        schema_in_prompt: tell the model what form of answer the app asks for.
         greedy: sample at temperature 0, whatever else is set.
         fault_rewards: exceptions that are the policy's own fault, by the name of their class or of
             one that it inherits from, and the outcome that an episode earns that one of them ends.
@@ -111,6 +114,7 @@ def run_episodes(
             temperature=0.0 if greedy else temperature,
             max_new_tokens=max_new_tokens,
             constrain_output=constrain_output,
+            schema_in_prompt=schema_in_prompt,
             fault_rewards=dict(fault_rewards or {}),
             reward_errors=reward_errors,
         ),

@@ -30,7 +30,9 @@ class RolloutSettings:
     max_new_tokens: int = 256
     """Tokens of a completion where the app sets no limit, at least 1."""
     constrain_output: bool = False
-    """Whether calls that ask for structured output can write nothing else."""
+    """Whether calls that ask for structured output, or force a tool, can write nothing else."""
+    schema_in_prompt: bool = True
+    """Whether models are told what form of answer the app asks for."""
     fault_rewards: Mapping[str, float] = field(default_factory=dict)
     """By name of an exception's class: the outcome of an episode that it ends."""
     reward_errors: Literal["stop", "drop"] = "stop"
