@@ -108,7 +108,7 @@ def test_an_app_with_structured_output_trains_and_is_bound(
 
 def test_without_the_setting_nothing_is_constrained(engine: LocalEngine) -> None:
     episodes = run_episodes(mover(), EXAMPLES, engine=engine, max_new_tokens=40)
-    assert {e.status for e in episodes} == {"failed: ValueError in mover"}
+    assert {e.status for e in episodes} == {"failed: StructuredOutputError in mover"}
     assert {c.grammar for e in episodes for c in e.calls} == {""}
 
 

@@ -109,8 +109,13 @@ class SupportsDecode(Protocol):
 
 
 @runtime_checkable
-class ConstrainsToolCalls(Protocol):
+class WritesToolCalls(Protocol):
     """A codec that knows how its model writes tool calls."""
+
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the model's own template shows it the tools that it may call."""
+        ...
 
     def tool_call_grammar(self, tools: Sequence[dict[str, Any]]) -> str:
         """What a completion must fit to be a call of one of the tools, as a request's `grammar`.

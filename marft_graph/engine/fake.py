@@ -89,6 +89,11 @@ class ByteCodec:
         """Text of bytes, the end of a sequence left out."""
         return bytes(token for token in ids if token != END_OF_SEQUENCE).decode(errors="replace")
 
+    @property
+    def shows_tools(self) -> bool:
+        """Always: in the first line."""
+        return True
+
     def tool_call_grammar(self, tools: Sequence[dict[str, Any]]) -> str:
         """A `<tool_call>` block; no byte is kept from writing anything else."""
         return one_of(

@@ -24,7 +24,8 @@ from langchain_core.messages import (
 from transformers import PreTrainedTokenizerBase
 
 from marft_graph.errors import ModelError
-from marft_graph.policy.forms import one_of
+from marft_graph.policy.forms import Part, one_of, text_without
+from marft_graph.policy.paragraph import with_paragraph
 from marft_graph.policy.template_habits import TemplateHabits, habits_of
 from marft_graph.policy.tool_formats import (
     WrittenCall,
@@ -50,7 +51,7 @@ _SENTINEL = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 # So many texts' tokens are remembered: a group's episodes begin with the same.
 _REMEMBERED = 256
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_NO_PARAMETERS = {"type": "object", "properties": {}}
+_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 _NINE_LETTER_IDS = re.compile(r"length\s*!=\s*9")
 
 
@@ -135,6 +136,7 @@ class TokenizerCodec:
             ModelError: the template refuses the conversation.
         """
         schemas = self._shielded(list(tools))
+        messages = self._with_tools_in_text(messages, tools)
         turns = [self._turn(message, tools, as_written=True) for message in messages]
         try:
             text = self._apply(turns, schemas)
@@ -174,6 +176,7 @@ class TokenizerCodec:
         *before, answer = messages
         prompt_ids = self.render(before, tools)
         schemas = self._shielded(list(tools))
+        messages = self._with_tools_in_text(messages, tools)
         turns = [self._turn(message, tools, as_written=True) for message in messages]
         prompt = self._apply(turns[:-1], schemas)
         text = self._apply(turns, schemas, add_generation_prompt=False)
@@ -227,25 +230,53 @@ class TokenizerCodec:
             response_metadata={} if cuts else {"completion_ids": list(completion_ids)},
         )
 
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the chat template writes the tools' schemas."""
+        return self._habits.shows_tools
+
+    def _with_tools_in_text(
+        self, messages: Sequence[BaseMessage], tools: Sequence[dict[str, Any]]
+    ) -> Sequence[BaseMessage]:
+        """The conversation with its tools described in words, where the template shows none."""
+        if not tools or self.shows_tools:
+            return messages
+        return with_paragraph(messages, self._format.described(tools))
+
     def tool_call_grammar(self, tools: Sequence[dict[str, Any]]) -> str:
         """The form of one call of one of the tools, in the format that the template writes.
 
-        Empty where what the form lets the model write would not be read as a call again, as with a
-        template that opens its prompts inside the reasoning.
+        After a prompt that ends inside the reasoning, the model may end its thoughts first. Empty
+        where what the form lets the model write would not be read as a call again.
         """
         if not tools or not self._reads_own_form:
             return ""
         functions = [tool.get("function", tool) for tool in tools]
         return one_of(
-            self._format.form(function["name"], function.get("parameters") or _NO_PARAMETERS)
+            self._thoughts()
+            + self._format.form(function["name"], function.get("parameters") or _NO_PARAMETERS)
             for function in functions
         )
 
+    def _thoughts(self) -> list[Part]:
+        """What may come before an answer after a prompt that already ends inside the reasoning."""
+        if self._reasoning is None or not self._is_thinking:
+            return []
+        return [{"regex": text_without(self._reasoning.closing)}, f"{self._reasoning.closing}\n\n"]
+
+    @cached_property
+    def _is_thinking(self) -> bool:
+        """Whether prompts already end inside the reasoning."""
+        opened = self._habits.generation_prompt
+        tags = self._reasoning
+        return tags is not None and opened.rfind(tags.opening) > opened.rfind(tags.closing)
+
     @cached_property
     def _reads_own_form(self) -> bool:
-        function = {"name": "probe", "parameters": {"type": "object", "properties": {}}}
-        parts = self._format.form("probe", function["parameters"])
-        text = "".join(part if isinstance(part, str) else "{}" for part in parts)
+        function = {"name": "probe", "parameters": _NO_PARAMETERS}
+        parts = self._thoughts() + self._format.form("probe", _NO_PARAMETERS)
+        texts = ["" if isinstance(p, dict) and "regex" in p else p for p in parts]
+        text = "".join(part if isinstance(part, str) else "{}" for part in texts)
         ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
         read = self.parse(ids, tools=[{"type": "function", "function": function}])
         return [call["name"] for call in read.tool_calls] == ["probe"]
@@ -264,9 +295,7 @@ class TokenizerCodec:
     def _without_reasoning(self, text: str) -> tuple[str, str]:
         if self._reasoning is None:
             return "", text
-        opened = self._habits.generation_prompt
-        is_open = opened.rfind(self._reasoning.opening) > opened.rfind(self._reasoning.closing)
-        return self._reasoning.split(text, is_open=is_open)
+        return self._reasoning.split(text, is_open=self._is_thinking)
 
     def _parse_as_declared(
         self, ids: Sequence[int], tools: Sequence[dict[str, Any]]

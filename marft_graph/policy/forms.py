@@ -28,6 +28,18 @@ def one_of(choices: Iterable[Sequence[Part]]) -> str:
     return json.dumps({_KEY: listed}, ensure_ascii=False) if listed else ""
 
 
+def text_without(closing: str) -> str:
+    """An expression for any text in which no tag closes as `closing` does: `</...` or `[/...`.
+
+    >>> import re
+    >>> free = re.compile(text_without("</think>"))
+    >>> [bool(free.fullmatch(text)) for text in ("a < b <", "a<<b", "x</y", "x<</y")]
+    [False, True, False, False]
+    """
+    first = f"\\{closing[0]}" if closing[0] == "[" else closing[0]
+    return f"([^{first}]|{first}+[^{first}/])*"
+
+
 def choices_in(text: str) -> list[list[Part]] | None:
     """The choices of a form; None where the text is a JSON schema.
 

@@ -35,6 +35,8 @@ class TemplateHabits:
     """Tool calls of one message that it can write: 0, 1 or any number."""
     arguments_as_text: bool = False
     """It wants a call's arguments as JSON text, not as an object."""
+    shows_tools: bool = True
+    """Whether it writes the schemas of the tools that it is given."""
 
 
 def habits_of(template: Template) -> TemplateHabits:
@@ -43,16 +45,20 @@ def habits_of(template: Template) -> TemplateHabits:
     >>> def template(turns, tools, *, add_generation_prompt=True):
     ...     return "".join(t["content"] for t in turns) + "bot:" * add_generation_prompt
     >>> habits_of(template)
-    TemplateHabits(generation_prompt='bot:', most_calls=0, arguments_as_text=False)
+    TemplateHabits(generation_prompt='bot:', most_calls=0, arguments_as_text=False,
+                   shows_tools=False)
     """
     opened = _probe(template, [_ASK])
     closed = _probe(template, [_ASK], add_generation_prompt=False)
     as_text = not _writes_calls(template, 1) and _writes_calls(template, 1, as_text=True)
     counts = [count for count in (1, 2) if _writes_calls(template, count, as_text=as_text)]
+    schema = {"name": "probeshown", "description": "", "parameters": {"properties": {}}}
+    shown = _probe(template, [_ASK], [{"type": "function", "function": schema}])
     return TemplateHabits(
         generation_prompt=opened.removeprefix(closed) if opened.startswith(closed) else "",
         most_calls=math.inf if 2 in counts else max(counts, default=0),
         arguments_as_text=as_text,
+        shows_tools="probeshown" in shown,
     )
 
 

@@ -10,12 +10,12 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_core.messages import InvalidToolCall, ToolCall
 
-from marft_graph.policy.forms import Part
+from marft_graph.policy.forms import Part, text_without
 
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _BLOCK = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
@@ -25,7 +25,6 @@ _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTA
 _NAMED_CALL = re.compile(r"\s*([^\s\[{]+)\s*(?:\[CALL_ID\]\s*(\w+)\s*)?(?:\[ARGS\])?\s*")
 _PYTHON_TAG = "<|python_tag|>"
 _TOOL_CALLS = "[TOOL_CALLS]"
-_UNTAGGED = "([^<]|<[^/])*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +40,13 @@ class WrittenCall:
     """Why it is no valid call; None where it is one."""
 
 
+def _exemplified(part: Part) -> str:
+    """A part of a form as a reader sees it in an example."""
+    if isinstance(part, str):
+        return part
+    return "VALUE" if "choices" in part else '{"ARGUMENT": VALUE}'
+
+
 Scan = Callable[[str, Sequence[Mapping[str, Any]]], tuple[str, list[WrittenCall]]]
 
 
@@ -53,8 +59,16 @@ class ToolFormat:
     """Tokens that announce a call: special in some vocabularies, but needed for reading it."""
     scan: Scan
     """Text and tool schemas -> the text outside the calls, and the calls in their order."""
-    form: Callable[[str, Mapping[str, Any]], list[Part]]
+    form: Callable[[str, Mapping[str, Any]], list[Part]] = field(compare=False)
     """Name and parameters of a tool -> the form (`policy.forms`) of one call of it."""
+
+    def described(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        """Tools, and how to call them, in words: for models whose template shows none."""
+        functions = [tool.get("function", tool) for tool in tools]
+        listed = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
+        example = {"type": "object", "properties": {"ARGUMENT": {}}, "required": ["ARGUMENT"]}
+        form = "".join(_exemplified(part) for part in self.form("NAME", example))
+        return f"You may call these tools:\n{listed}\nA call is written as\n{form}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +330,7 @@ def _form_xml(name: str, parameters: Mapping[str, Any]) -> list[Part]:
         value: list[list[Part]] = [[{**schema, **shared}]]
         if schema.get("type") == "string":
             plain = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
-            value = [[text] for text in plain] or [[{"regex": _UNTAGGED}]]
+            value = [[text] for text in plain] or [[{"regex": text_without("</parameter>")}]]
         row: list[Part] = [f"<parameter={key}>\n", {"choices": value}, "\n</parameter>\n"]
         parts += row if key in parameters.get("required", ()) else [{"choices": [row, [""]]}]
     return [*parts, "</function>\n</tool_call>"]

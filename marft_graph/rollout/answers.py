@@ -16,16 +16,22 @@ from pydantic import PydanticUserError
 from marft_graph.engine.base import (
     ChatCodec,
     Completion,
-    ConstrainsToolCalls,
     GenerationRequest,
     SamplingSettings,
     SupportsDecode,
+    WritesToolCalls,
 )
 from marft_graph.errors import ConfigError, PromptTooLongError
 from marft_graph.policy.tool_formats import fresh_id
 from marft_graph.rollout.asked import reason_in_words_of, usage_in_words_of, warn_once
 from marft_graph.rollout.intercept import InterceptedCall
 from marft_graph.rollout.structure import schema_of, structured_answer, told
+
+_NO_PLACE_FOR_TOOLS = (
+    "node %r has tools, but the chat template of its base model has no place for them: they are "
+    "described in the system message instead, or the first one of the user, which this model was "
+    "not trained on. Take a base model whose template shows tools, or expect to learn this format"
+)
 
 
 def prompt_of(
@@ -36,6 +42,8 @@ def prompt_of(
     They tell of the form of the answer where `schema_in_prompt` says so and the context has room
     for it beside the answer; where it has none, that is said once for each node.
     """
+    if call.tools and isinstance(codec, WritesToolCalls) and not codec.shows_tools:
+        warn_once(call.node, _NO_PLACE_FOR_TOOLS)
     prompt_ids = codec.render(call.messages, call.tools)
     if not schema_in_prompt:
         return call.messages, prompt_ids
@@ -200,7 +208,7 @@ def _grammar(call: InterceptedCall, codec: ChatCodec) -> str:
     """What a call's answer must fit, as text; empty where it is free."""
     if call.asked.forced_tools:
         tools = [t for t in call.tools if t["function"]["name"] in call.asked.forced_tools]
-        return codec.tool_call_grammar(tools) if isinstance(codec, ConstrainsToolCalls) else ""
+        return codec.tool_call_grammar(tools) if isinstance(codec, WritesToolCalls) else ""
     if call.tools and call.tool_choice != "none":
         return ""
     try:

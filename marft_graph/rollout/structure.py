@@ -10,9 +10,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, BaseMessage
 from pydantic import BaseModel, PydanticUserError, ValidationError
 
+from marft_graph.policy.paragraph import with_paragraph
 from marft_graph.rollout.intercept import InterceptedCall
 
 _SHOWN_CHARACTERS = 200
@@ -80,20 +81,11 @@ def _schema_if_any(response_format: Any) -> Mapping[str, Any] | None:
 
 
 def told(call: InterceptedCall) -> tuple[BaseMessage, ...]:
-    """The call's messages, with what a provider's server would know of the answer's form.
-
-    One paragraph is added to the system message, or where there is none to the first message of
-    the user: so no template meets a role that the app does not use.
-    """
+    """The call's messages, with what a provider's server would know of the answer's form."""
     wish = instruction(call)
     if not wish:
         return call.messages
-    for kind in (SystemMessage, HumanMessage):
-        for place, message in enumerate(call.messages):
-            if isinstance(message, kind):
-                added = message.model_copy(update={"content": _with_paragraph(message, wish)})
-                return (*call.messages[:place], added, *call.messages[place + 1 :])
-    return (SystemMessage(wish), *call.messages)
+    return with_paragraph(call.messages, wish)
 
 
 def instruction(call: InterceptedCall) -> str:
@@ -122,12 +114,6 @@ def _without_titles(schema: Any, *, is_named: bool = False) -> Any:
             if is_named or name != "title" or not isinstance(inner, str)
         }
     return [_without_titles(item) for item in schema] if isinstance(schema, list) else schema
-
-
-def _with_paragraph(message: BaseMessage, text: str) -> str | list[str | dict[Any, Any]]:
-    if isinstance(message.content, str):
-        return f"{message.content}\n\n{text}" if message.content else text
-    return [*message.content, {"type": "text", "text": f"\n\n{text}"}]
 
 
 # How it fails

@@ -1,6 +1,8 @@
 """Whatever way an app calls its model inside a trained node, the engine answers."""
 
 import asyncio
+import functools
+import operator
 import threading
 
 import pytest
@@ -151,17 +153,23 @@ def test_the_message_carries_usage_and_finish_reason_and_a_unique_id(answer):
     assert first.id != second.id
 
 
-def test_a_streamed_answer_is_one_last_chunk_that_adds_up(answer):
+def test_a_streamed_answer_comes_in_chunks_that_add_up(answer):
     def body(state):
         chunks = list(openai.bind_tools([add]).stream("hi"))
         return {"out": chunks}
 
     call = {"name": "add", "args": {"a": 1, "b": 2}, "id": "1"}
-    (chunk,), _, _ = answer(body, AIMessage("sum", tool_calls=[call]))
-    assert isinstance(chunk, AIMessageChunk)
-    assert chunk.chunk_position == "last"
-    assert chunk.tool_call_chunks[0]["args"] == '{"a": 1, "b": 2}'
-    assert chunk.tool_calls[0]["args"] == {"a": 1, "b": 2}
+    chunks, _, _ = answer(body, AIMessage("the sum", tool_calls=[call]))
+    assert all(isinstance(chunk, AIMessageChunk) for chunk in chunks)
+    assert [chunk.text for chunk in chunks if chunk.text] == ["the ", "sum"]
+    assert [chunk.chunk_position for chunk in chunks] == [None] * (len(chunks) - 1) + ["last"]
+    assert len({chunk.id for chunk in chunks}) == 1
+    first, *rest = [piece for chunk in chunks for piece in chunk.tool_call_chunks]
+    assert (first["name"], first["args"]) == ("add", "")
+    assert "".join(piece["args"] for piece in rest) == '{"a": 1, "b": 2}'
+    whole = functools.reduce(operator.add, chunks)
+    assert whole.tool_calls[0]["args"] == {"a": 1, "b": 2}
+    assert whole.usage_metadata["output_tokens"] > 0
 
 
 def test_the_v3_event_stream_is_answered(answer):
