@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -35,11 +36,13 @@ class State(TypedDict):
 def everything() -> tuple[Any, Counter[str]]:
     """An app whose calls come to many fates, and how often each node has called its model."""
     made: Counter[str] = Counter()
+    lock = threading.Lock()
     own = GenericFakeChatModel(messages=iter([AIMessage("own words")] * 10_000))
 
     def asking(name: str, llm: Any, *, streams: bool = False) -> Callable[[State], str]:
         def ask(state: State) -> str:
-            made[name] += 1
+            with lock:  # nodes run in threads
+                made[name] += 1
             if streams:
                 return "".join(chunk.text for chunk in llm.stream(state["question"]))
             return str(llm.invoke(f"{name} {state['question']}").text)
@@ -64,8 +67,10 @@ def everything() -> tuple[Any, Counter[str]]:
 
     def actor(state: State) -> dict[str, str]:
         said = act(state)
-        attempts[state["question"]] += 1
-        if attempts[state["question"]] % 3 == 1:
+        with lock:
+            attempts[state["question"]] += 1
+            is_third = attempts[state["question"]] % 3 == 1
+        if is_third:
             raise ConnectionError("try again")
         if len(state["question"]) == 2:
             raise ValueError("a bad question")
