@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,8 @@ class Comparison:
     """Name of the policy that the others are compared with."""
     differences: Mapping[str, PairedDifference]
     """By policy: the difference to `against`, example by example."""
-    better: tuple[ChangedExample, ...]
-    worse: tuple[ChangedExample, ...]
+    better: tuple[ChangedExample, ...] = field(repr=False)
+    worse: tuple[ChangedExample, ...] = field(repr=False)
     greedy: bool
 
     def to_dict(self) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def training_data(dataset: Any, seed: int) -> TrainingData:
     Raises:
         DatasetError: it is empty, no iterable, cannot be read, or its items are no mappings.
     """
-    dataset = _rows_of_table(dataset, "train_dataset")
+    dataset = rows_of_table(dataset, "train_dataset")
     if _is_sequence(dataset):
         return ShuffledExamples(as_examples(dataset, "train_dataset"), seed)
     _refuse_non_iterable(dataset, "train_dataset")
@@ -75,7 +75,7 @@ def as_examples(dataset: Any, name: str, limit: int | None = None) -> Sequence[E
             f"{name} is a mapping with keys {sorted(map(str, dataset))}; give one split, "
             "a sequence of examples"
         )
-    dataset = _rows_of_table(dataset, name)
+    dataset = rows_of_table(dataset, name)
     examples: Any = dataset
     with _reading(name):
         if not _is_sequence(dataset):
@@ -230,7 +230,7 @@ def _reading(name: str) -> Iterator[None]:
         ) from error
 
 
-def _rows_of_table(dataset: Any, name: str) -> Any:
+def rows_of_table(dataset: Any, name: str) -> Any:
     """The rows of a data frame or an Arrow table as dicts; anything else as it is."""
     # Whoever has a frame has imported its library; here nothing needs it.
     pandas, polars = sys.modules.get("pandas"), sys.modules.get("polars")

@@ -109,6 +109,11 @@ def test_figures_are_those_of_the_policy(found: Any) -> None:
     assert 0 <= base.nodes["writer"].truncated_share <= 1
 
 
+def test_a_comparison_is_shown_without_its_episodes(found: Any) -> None:
+    assert len(repr(found)) < 400 * len(found.policies) + 400 * len(found.differences)
+    assert "messages" not in repr(found)
+
+
 def test_the_page_and_the_json_hold_it_all(found: Any, tmp_path: Path) -> None:
     values = json.loads(json.dumps(found.to_dict()))
     assert values["differences"]["api"]["verdict"] == "better"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 
 import pytest
+from langgraph.graph import START, StateGraph
 
-from marft_graph.episode import Episode
-from marft_graph.evaluation import standard_error, summarize
+from marft_graph import FakeEngine, run_episodes
+from marft_graph.episode import Episode, Failure
+from marft_graph.evaluation import failed_nodes, standard_error, summarize
+from tests.apps import DuoState, model
 
 
 def episodes(*returns: float, each: int = 1) -> list[Episode]:
@@ -43,3 +47,38 @@ def test_an_evaluation_is_shown_in_a_line_however_many_episodes_it_had() -> None
     shown = repr(summarize(episodes(*[0.25] * 1000), greedy=False))
     assert len(shown) < 250
     assert "return_mean=0.25" in shown
+
+
+def test_failures_are_counted_under_the_agent_that_inspect_names() -> None:
+    """The inner node of an agent that is a graph is folded into the agent's name."""
+
+    def agent(state: DuoState) -> dict[str, str]:
+        if len(state["question"]) > 1:
+            raise ValueError(model.invoke(state["question"]).text)
+        return {"answer": "short"}
+
+    inner = StateGraph(DuoState).add_node("agent", agent).add_edge(START, "agent").compile()
+    graph = StateGraph(DuoState).add_node("writer", inner).add_edge(START, "writer").compile()
+    examples = [{"question": "q" * length} for length in (1, 2, 3)]
+    found = run_episodes(graph, examples, engine=FakeEngine({"writer": "no"}))
+    assert failed_nodes(found) == {"writer": 2}
+    assert [e.failure for e in found] == [None, Failure.APP, Failure.APP]
+
+
+@pytest.mark.parametrize(
+    ("settings", "failure"),
+    [
+        ({"reward": lambda e, s: 1 / 0, "reward_errors": "drop"}, Failure.REWARD),
+        ({"episode_timeout": 0.2}, Failure.TIMEOUT),
+    ],
+)
+def test_an_episode_says_what_kind_of_failure_ended_it(
+    settings: dict[str, object], failure: Failure
+) -> None:
+    async def waits(state: DuoState) -> dict[str, str]:
+        await asyncio.sleep(0 if "reward" in settings else 30)
+        return {"answer": "late"}
+
+    graph = StateGraph(DuoState).add_node("writer", waits).add_edge(START, "writer").compile()
+    (found,) = run_episodes(graph, [{"question": "q"}], engine=FakeEngine("x"), **settings)
+    assert found.failure is failure

@@ -11,6 +11,7 @@ from typing import Any
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
 
+from marft_graph.data import rows_of_table
 from marft_graph.errors import DatasetError
 from marft_graph.rollout.rewards import shown
 
@@ -40,7 +41,7 @@ def graph_inputs(
     Raises:
         DatasetError: there is no example, or one is no mapping or lacks the graph's keys.
     """
-    listed = list(examples)
+    listed = list(rows_of_table(examples, "the data set"))
     if not listed:
         raise DatasetError("the data set is empty; at least one example is needed")
     for example in listed:

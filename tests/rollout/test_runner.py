@@ -7,6 +7,7 @@ import threading
 import time
 from typing import Annotated
 
+import pandas as pd
 import pytest
 from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models.fake_chat_models import FakeListChatModel
@@ -235,6 +236,12 @@ def test_a_missing_key_of_an_explicit_input_schema_is_refused(engine):
     builder.add_edge(START, "actor")
     with pytest.raises(DatasetError, match=r"demands 'context', 'q'"):
         run_episodes(builder.compile(), [{"q": "1"}], engine=engine)
+
+
+def test_a_table_has_its_rows_as_examples(engine):
+    rows = [{"q": "a"}, {"q": "b"}]
+    episodes = run_episodes(duo(), pd.DataFrame(rows), engine=engine)
+    assert [episode.example for episode in episodes] == rows
 
 
 def test_inputs_may_be_made_from_an_example(engine):

@@ -17,6 +17,8 @@ from marft_graph.episode import Call, Episode
 from marft_graph.errors import CheckpointError
 from marft_graph.graph.compile import compile_graph
 from marft_graph.run.curves import Curve, line_chart, plot_learning_curves
+from marft_graph.run.folder import read_graph
+from marft_graph.run.overlay import overlays
 from marft_graph.run.report import write_report
 from marft_graph.run.tracking import MetricsLog
 from marft_graph.run.trajectories import write_traces
@@ -335,3 +337,18 @@ def test_seeds_are_drawn_into_one_picture(tmp_path: Path) -> None:
         folders.append(tmp_path / f"seed-{seed}")
     picture = plot_learning_curves(folders, tmp_path / "curve.png", title="two seeds")
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_calls_per_episode_on_the_graph_are_those_of_the_episodes_that_were_learnt_from(
+    tmp_path: Path,
+) -> None:
+    """Of 64 episodes 48 are left out as their examples' returns are equal; 32 calls in 16."""
+    folder = run_folder(tmp_path / "run")
+    stats = {"calls": 32.0, "tokens_mean": 5.0}
+    left_out = {"episodes_failed": 4, "episodes_filtered": 48, "failed_by_node": {"writer": 4}}
+    row = training_row(9, 0.3) | left_out | {"agents": {"writer": stats}}
+    MetricsLog(folder).truncate(0)
+    MetricsLog(folder).write(row)
+    facts = dict(overlays(read_graph(folder), folder)["writer"].facts)
+    assert facts["calls per episode"] == "2.00"
+    assert facts["episodes that failed here, of the whole run"] == "6.2%"
