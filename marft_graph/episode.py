@@ -8,12 +8,13 @@ so that an episode can be pickled, written to parquet, or made by hand in a test
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
 from marft_graph.errors import RewardError
+from marft_graph.names import agent_path
 
 FinishReason = Literal["stop", "length"]
 LARGEST_REWARD = 1e12
@@ -188,3 +189,13 @@ class Episode:
     def total_reward(self) -> float:
         """Outcome plus every call's own reward: the episode's return at gamma 1."""
         return self.outcome_reward + sum(call.reward for call in self.calls)
+
+
+def observations(episodes: Iterable[Episode]) -> set[tuple[str, str]]:
+    """Pairs (i, j) of nodes of which i was seen to read what j wrote, as agent paths."""
+    return {
+        (agent_path(call.node), agent_path(episode.calls[parent].node))
+        for episode in episodes
+        for call in episode.calls
+        for parent in call.parents
+    }

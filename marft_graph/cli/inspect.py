@@ -80,7 +80,7 @@ def inspect(
 
     from marft_graph.graph import draw, page, picture
 
-    flex_mg = _graph_of(target, run, dry_run=dry_run)
+    flex_mg = _observed(_graph_of(target, run, dry_run=dry_run), run)
     told = _Run(run, flex_mg)
     if chosen == "png" and output is not None:
         picture.write_png(flex_mg, output)
@@ -121,6 +121,16 @@ def _graph_of(target: str | None, run: Path | None, *, dry_run: bool) -> FlexMG:
     if loaded.settings and flex_mg.agents:
         flex_mg = _as_trained(flex_mg, loaded.settings)
     return flex_mg
+
+
+def _observed(flex_mg: FlexMG, run: Path | None) -> FlexMG:
+    """The graph with what the newest episodes of a run show of who reads what."""
+    if run is None:
+        return flex_mg
+    from marft_graph.episode import observations
+    from marft_graph.run.overlay import newest_episodes
+
+    return flex_mg.observed(observations(newest_episodes(run)))
 
 
 class _Run:

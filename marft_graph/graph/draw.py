@@ -7,9 +7,16 @@ from collections.abc import Sequence
 
 import networkx as nx
 
-from marft_graph.graph.flex_mg import END, START, FlexMG
+from marft_graph.graph.flex_mg import END, START, Evidence, FlexMG
 
 _SHOWN = 10
+_KNOWN = {
+    "always": "",
+    "code": "possibly ",
+    "run": "in some runs ",
+    "schema": "by its state schema alone ",
+}
+_DOT_COLOURS = {"code": "darkorange", "run": "purple", "schema": "burlywood"}
 _DOT_SHAPES = {
     "agent": "box, style=rounded",
     "frozen": 'box, style="rounded,dashed"',
@@ -43,13 +50,14 @@ def summary(flex_mg: FlexMG) -> str:
 
 
 def _observed(flex_mg: FlexMG, agent: str) -> str:
-    seen: dict[str, list[str]] = {"always": [], "possible": []}
+    """Whom an agent observes: always, possibly by its code, seen in a run, or by its schema."""
+    seen: dict[str, list[str]] = {}
     for other in flex_mg.agents:
         dependency = flex_mg.dependency(agent, other)
         if dependency != "never":
-            seen[dependency].append("itself" if other == agent else other)
-    parts = [_listed(seen["always"])] if seen["always"] else []
-    parts += [f"possibly {_listed(seen['possible'])}"] if seen["possible"] else []
+            known = "always" if dependency == "always" else flex_mg.evidence(agent, other)
+            seen.setdefault(known, []).append("itself" if other == agent else other)
+    parts = [f"{text}{_listed(seen[known])}" for known, text in _KNOWN.items() if known in seen]
     return "; ".join(parts) or "no other agent"
 
 
@@ -99,7 +107,11 @@ def to_mermaid(flex_mg: FlexMG) -> str:
 
 
 def to_dot(flex_mg: FlexMG) -> str:
-    """The graph in Graphviz's language; edges along which something is read are orange."""
+    """The graph in Graphviz's language.
+
+    Edges along which something is read are orange where the code says so, purple where a run has
+    shown it, and pale where the state schema alone admits it.
+    """
     lines = ["digraph {", "    node [fontname=sans-serif];"]
     for node in sorted(flex_mg.graph):
         role = flex_mg.graph.nodes[node]["role"]
@@ -108,14 +120,19 @@ def to_dot(flex_mg: FlexMG) -> str:
     styles = {"control": "solid", "conditional": "dashed", "fan_out": "bold"}
     lines += [
         f"    {_quoted(a)} -> {_quoted(b)} [style={styles[kind]}"
-        f"{', color=darkorange' if flex_mg.carries(a, b) else ''}];"
+        f"{_dot_colour(flex_mg.read_by(a, b))}];"
         for a, b, kind in flex_mg.control_edges
     ]
     lines += [
-        f"    {_quoted(j)} -> {_quoted(i)} [color=darkorange, constraint=false];"
+        f"    {_quoted(j)} -> {_quoted(i)} "
+        f"[color={_DOT_COLOURS[flex_mg.evidence(i, j)]}, constraint=false];"
         for i, j in flex_mg.distant_observations
     ]
     return "\n".join([*lines, "}"]) + "\n"
+
+
+def _dot_colour(evidence: Evidence | None) -> str:
+    return "" if evidence is None else f", color={_DOT_COLOURS[evidence]}"
 
 
 def _quoted(name: str) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -143,6 +143,17 @@ class FlexMG:
         """Whether a node may read what another one may write."""
         return self.data.has_edge(source, target)
 
+    def read_by(self, source: str, target: str) -> Evidence | None:
+        """What it is known from that a node may read what another one may write; None: it may not.
+
+        The code of `target`, a run that has shown it, or its state schema alone.
+        """
+        if not self.carries(source, target):
+            return None
+        if self._is_read_by_code(source, target):
+            return "code"
+        return "run" if source in self.graph.nodes[target].get("observed", ()) else "schema"
+
     @functools.cached_property
     def order(self) -> tuple[str, ...]:
         """Nodes in topological order of the loops' condensation; START and END left out."""
@@ -244,6 +255,14 @@ class FlexMG:
             graph.nodes[node].pop("adapter", None)
             if name != adapter_name(node):
                 graph.nodes[node]["adapter"] = name
+        return replace(self, graph=graph)
+
+    def observed(self, pairs: Iterable[tuple[str, str]]) -> FlexMG:
+        """The same game with what runs have shown: pairs (i, j) of which i read what j wrote."""
+        graph = self.graph.copy()
+        for i, j in pairs:
+            if i in graph and j in graph:
+                graph.nodes[i]["observed"] = sorted({*graph.nodes[i].get("observed", ()), j})
         return replace(self, graph=graph)
 
     def adapter(self, agent: str) -> str:

@@ -10,14 +10,15 @@ from importlib import resources
 from typing import Any
 
 from marft_graph.graph.draw import summary
-from marft_graph.graph.flex_mg import FlexMG
+from marft_graph.graph.flex_mg import EVIDENCE, FlexMG
 from marft_graph.graph.picture import to_svg
 
 _MOST_EXPLAINED = 25  # agents; with more, only what is observed is explained
 _LEGEND = (
     "Blue boxes are agents (dashed: not trained), grey ones call no model. An arrow says what runs "
-    "next (dashed: on a condition, thick: once for each Send); where it is orange, what one node "
-    "writes the next may read."
+    "next (dashed: on a condition, thick: once for each Send); where it has a colour, what one "
+    "node writes the next may read: orange by its code, purple seen in a run, pale by its state "
+    "schema alone."
 )
 _NOTES = (
     "Under an agent's name: tokens that it writes in an episode, and its KL to the base in nats "
@@ -98,7 +99,8 @@ def _about(flex_mg: FlexMG, node: str, overlay: Overlay | None) -> dict[str, Any
         dependency = flex_mg.dependency(node, agent)
         if dependency != "never":
             why = flex_mg.explain(node, agent).partition("): ")[2]
-            observes.append({"agent": agent, "dependency": dependency, "why": why})
+            known = f"{dependency}, {EVIDENCE[flex_mg.evidence(node, agent)]}"
+            observes.append({"agent": agent, "dependency": known, "why": why})
         elif agent != node and explain_never:
             never.append({"agent": agent, "why": flex_mg.explain(node, agent)})
     role = str(flex_mg.graph.nodes[node]["role"])

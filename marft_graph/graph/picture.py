@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from marft_graph.graph.flex_mg import FlexMG
+from marft_graph.graph.flex_mg import EVIDENCE, Evidence, FlexMG
 from marft_graph.graph.layout import Layout, Place, Point, layout
 
 _STYLE = """
@@ -21,12 +21,14 @@ _STYLE = """
 .conditional{stroke:#4b5563;fill:none;stroke-width:1.5;stroke-dasharray:6 4}
 .fan_out{stroke:#4b5563;fill:none;stroke-width:3}
 .observes{stroke:#ea580c;fill:none;stroke-width:1.5}
-.carries{stroke:#ea580c}.frozen{fill:#f3f4f6;stroke:#2563eb;stroke-width:1.5;stroke-dasharray:3 3}
-.tip{fill:#4b5563}.observes-tip{fill:#ea580c}
+.carries{stroke:#ea580c}.run{stroke:#9333ea}.schema{stroke-opacity:.45}
+.frozen{fill:#f3f4f6;stroke:#2563eb;stroke-width:1.5;stroke-dasharray:3 3}
+.tip{fill:#4b5563}.observes-tip{fill:#ea580c}.run-tip{fill:#9333ea}
 @media (prefers-color-scheme: dark){
 .text{fill:#f3f4f6}.stat{fill:#d1d5db}.agent{fill:#1e3a8a;stroke:#93c5fd}.environment{fill:#374151;stroke:#9ca3af}
 .boundary,.tip{fill:#9ca3af}.control,.conditional,.fan_out{stroke:#9ca3af}
 .observes,.carries{stroke:#fb923c}.observes-tip{fill:#fb923c}
+.run{stroke:#c084fc}.run-tip{fill:#c084fc}
 .frozen{fill:#374151;stroke:#93c5fd}}
 """
 _ARC_ROOM = 64.0
@@ -38,7 +40,8 @@ _BOXES = {
     "environment": ("#f3f4f6", "#6b7280"),
     "boundary": ("#6b7280", "#6b7280"),
 }
-_ORANGE, _GREY = "#ea580c", "#4b5563"
+_GREY = "#4b5563"
+_COLOURS = {"code": "#ea580c", "run": "#9333ea", "schema": "#f6b08a"}
 
 Cubic = tuple[Point, Point, Point, Point]
 """A Bezier curve: start, two handles, end."""
@@ -52,8 +55,10 @@ class Way:
     target: str
     kind: str
     """Of the edge; `observes` where no edge shows what is observed."""
-    carries: bool
-    """Whether the target may read what the source may write: drawn in orange."""
+    evidence: Evidence | None
+    """What it is known from that the target may read what the source may write; None: it may not.
+    Orange where the code says so, purple where a run has shown it, pale where only the schema
+    admits it."""
     curves: Sequence[Cubic]
 
 
@@ -75,7 +80,7 @@ def to_svg(flex_mg: FlexMG, notes: Mapping[str, str] | None = None) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}" '
         f'viewBox="0 0 {width:.0f} {plan.height:.0f}" width="{width:.0f}" '
         f'height="{plan.height:.0f}"><style>{_STYLE}</style>'
-        f"<defs>{_svg_tip('tip')}{_svg_tip('observes-tip')}</defs>{''.join(shapes)}</svg>\n"
+        f"<defs>{_svg_tip('tip')}{_svg_tip('observes-tip')}{_svg_tip('run-tip')}</defs>{''.join(shapes)}</svg>\n"
     )
 
 
@@ -96,7 +101,7 @@ def write_png(flex_mg: FlexMG, path: Path) -> None:
     axes.set_axis_off()
     for way in ways(flex_mg, plan):
         line = "--" if way.kind == "conditional" else "-"
-        colour = _ORANGE if way.carries else _GREY
+        colour = _GREY if way.evidence is None else _COLOURS[way.evidence]
         vertices = [way.curves[0][0], *(point for cubic in way.curves for point in cubic[1:])]
         codes = [Outline.MOVETO, *[Outline.CURVE4] * (len(vertices) - 1)]
         arrow = FancyArrowPatch(
@@ -135,9 +140,10 @@ def ways(flex_mg: FlexMG, plan: Layout) -> Iterator[Way]:
             curves = _downward(start, plan.bends.get((a, b), ()), end)
         else:
             curves = [_back(start, end)]
-        yield Way(a, b, kind, flex_mg.carries(a, b), curves)
+        yield Way(a, b, kind, flex_mg.read_by(a, b), curves)
     for i, j in flex_mg.distant_observations:
-        yield Way(j, i, "observes", True, [_arc(plan.places[j], plan.places[i])])
+        evidence = flex_mg.evidence(i, j)
+        yield Way(j, i, "observes", evidence, [_arc(plan.places[j], plan.places[i])])
 
 
 def _downward(start: Place, bends: Sequence[Point], end: Place) -> list[Cubic]:
@@ -171,10 +177,15 @@ def _svg_way(way: Way) -> str:
         return f"{point[0]:.1f},{point[1]:.1f}"
 
     curves = " ".join(f"C{text(c[1])} {text(c[2])} {text(c[3])}" for c in way.curves)
-    kind, tip = (f"{way.kind} carries", "observes-tip") if way.carries else (way.kind, "tip")
+    kind, tip, known = way.kind, "tip", ""
+    if way.evidence is not None:
+        kind = f"{way.kind} carries {way.evidence}"
+        tip = "run-tip" if way.evidence == "run" else "observes-tip"
+        known = f"<title>read: {EVIDENCE[way.evidence]}</title>"
     start = text(way.curves[0][0])
     ends = f'data-source="{html.escape(way.source)}" data-target="{html.escape(way.target)}"'
-    return f'<path class="{kind}" {ends} d="M{start} {curves}" marker-end="url(#{tip})"/>'
+    path = f'<path class="{kind}" {ends} d="M{start} {curves}" marker-end="url(#{tip})"'
+    return f"{path}>{known}</path>" if known else f"{path}/>"
 
 
 def _svg_box(node: str, role: str, place: Place, note: str) -> str:

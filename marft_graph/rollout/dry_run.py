@@ -18,7 +18,7 @@ from langchain_core.messages import AIMessage
 
 from marft_graph.engine.base import GenerationRequest
 from marft_graph.engine.fake import FakeEngine
-from marft_graph.episode import Episode
+from marft_graph.episode import Episode, observations
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.names import agent_path
 from marft_graph.rollout.inputs import InputFunction
@@ -64,23 +64,10 @@ def add_dry_run(
     whole = [episode for episode in episodes if episode.ok]
     for node, data in found.nodes(data=True):
         if data["role"] == "agent" and whole:
-            observed = observed_in(whole, node) | {*data.get("observed", ())}
-            data["observed"] = sorted(observed & {*found})
             calls = sum(agent_path(call.node) == node for e in whole for call in e.calls)
             data["calls"] = round(calls / len(whole), 2)
-    result = replace(flex_mg, graph=found, notes=())
+    result = replace(flex_mg, graph=found, notes=()).observed(observations(whole))
     return replace(result, notes=(*_notes(result, episodes),))
-
-
-def observed_in(episodes: Iterable[Episode], node: str) -> set[str]:
-    """Agents whose output an agent was seen to read in some episodes."""
-    return {
-        agent_path(episode.calls[parent].node)
-        for episode in episodes
-        for call in episode.calls
-        if agent_path(call.node) == node
-        for parent in call.parents
-    }
 
 
 def answer(request: GenerationRequest) -> str | AIMessage:

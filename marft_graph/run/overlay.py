@@ -37,10 +37,14 @@ def overlays(flex_mg: FlexMG, run_dir: Path) -> dict[str, Overlay]:
 
 def last_episode(run_dir: Path) -> Episode | None:
     """An episode to look at: of the newest traces the first whole one with the most calls."""
+    return max(newest_episodes(run_dir), key=lambda episode: len(episode.calls), default=None)
+
+
+def newest_episodes(run_dir: Path) -> list[Episode]:
+    """The whole episodes of the newest traces."""
     traces = run_dir / "traces"
     files = sorted(traces.glob("iter_*.parquet")) or sorted(traces.glob("*.parquet"))
-    episodes = [episode for episode in read_traces(files[-1]) if episode.ok] if files else []
-    return max(episodes, key=lambda episode: len(episode.calls), default=None)
+    return [episode for episode in read_traces(files[-1]) if episode.ok] if files else []
 
 
 def _facts(

@@ -12,6 +12,7 @@ from langgraph.graph import END, START, StateGraph
 from marft_graph import FlexMG, compile_graph
 from marft_graph.errors import GraphError, UnknownNodeError
 from marft_graph.graph.draw import summary, to_dot, to_mermaid, warnings
+from marft_graph.graph.picture import to_svg
 from tests.apps import duo, model, voters
 from tests.graph.real_apps import trading_team
 
@@ -129,3 +130,47 @@ def test_drawings_name_nodes_edges_and_what_is_read() -> None:
     planner, actor = sorted(ids, key=ids.get, reverse=True)
     assert f"{planner} --> {actor}" in mermaid
     assert '"planner" -> "actor" [style=solid, color=darkorange];' in to_dot(flex_mg)
+
+
+def test_an_observation_says_from_where_it_is_known() -> None:
+    def by_code(state: State) -> Any:
+        return {"b": model.invoke(state["a"]).text}
+
+    def looks(given: Any) -> Any:
+        return given
+
+    def by_schema(state: State) -> Any:
+        kept = [state]
+        return {"b": model.invoke(str(looks(kept[0])["a"])).text}
+
+    def unread(state: State) -> Any:
+        kept = [state]
+        return {"b": model.invoke(str(len(kept))).text}
+
+    nodes = {"x": write_a, "code": by_code, "schema": by_schema, "unread": unread}
+    builder = StateGraph(State)
+    for name, node in nodes.items():
+        builder.add_node(name, node)
+    builder.add_edge(START, "x")
+    for name in ("code", "schema", "unread"):
+        builder.add_edge("x", name)
+    app = builder.compile()
+    still = compile_graph(app)
+    assert [still.evidence(i, "x") for i in ("code", "schema", "unread")] == [
+        "code",
+        "schema",
+        "schema",
+    ]
+    assert still.dependency("code", "x") == "always"
+    assert still.dependency("schema", "x") == "possible"
+    assert still.explain("schema", "x").startswith(
+        "schema observes x (possible, by its state schema alone)"
+    )
+    assert "unread  observes by its state schema alone x" in summary(still)
+    run = still.observed([("schema", "x")])
+    assert [run.evidence(i, "x") for i in ("code", "schema", "unread")] == ["code", "run", "schema"]
+    assert "schema  observes in some runs x" in summary(run)
+    assert 'class="control carries run"' in to_svg(run)
+    assert 'class="control carries schema"' in to_svg(run)
+    assert FlexMG.from_dict(run.to_dict()).evidence("schema", "x") == "run"
+    assert run.hash == still.hash

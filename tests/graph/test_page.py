@@ -60,7 +60,11 @@ def written(path: Path, text: str) -> Path:
     ("make", "node", "expected"),
     [
         (duo, "actor", ["planner (always)", "planner -> actor through plan"]),
-        (real_apps.trading_team, "Trader", ["Research Manager (always)", "Never observes"]),
+        (
+            real_apps.trading_team,
+            "Trader",
+            ["Research Manager (always, by its code)", "Never observes"],
+        ),
         (real_apps.sixty, "join_2", ["worker_2_7 (always)"]),
     ],
 )

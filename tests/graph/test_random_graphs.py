@@ -52,6 +52,10 @@ class Ledger:
         texts = [t for v in state.values() for t in (v if isinstance(v, list) else [v])]
         return set(" ".join(texts).split())
 
+    def some(self, *values: Any) -> set[str]:
+        """Tags of some values that a node looked at."""
+        return self.tags({str(place): value or "" for place, value in enumerate(values)})
+
     def ask(self, name: str, seen: set[str]) -> str:
         """A prompt that names the call; what it was made from is noted."""
         tag = f"{name}#{next(self._numbers)}"
@@ -79,9 +83,35 @@ def load(source: str, names: dict[str, Any]) -> dict[str, Any]:
 
 
 @st.composite
+def reading_sources(draw: st.DrawFn) -> list[str]:
+    """How a node looks at its state: at all of it, or at some channels, in ways that are plain."""
+    if draw(st.booleans()):
+        return ["    seen = ledger.tags(state)"]
+    read = draw(st.lists(st.sampled_from(CHANNELS), max_size=3, unique=True))
+    ways = [draw(st.sampled_from(["state.get({!r})", "state.get({!r}, '')"])) for _ in read]
+    values = ", ".join(way.format(channel) for way, channel in zip(ways, read, strict=True))
+    lines = [f"    seen = ledger.some({values})"]
+    if draw(st.sampled_from([True, False, False])):  # read on one way only
+        other = draw(st.sampled_from(CHANNELS))
+        lines += [
+            f"    if ledger.turn({draw(st.sampled_from('xyz'))!r}, [0, 1]):",
+            f"        seen |= ledger.some(state.get({other!r}))",
+        ]
+    if draw(st.sampled_from([True, False, False])):  # in a function that gets the whole state
+        other = draw(st.sampled_from(CHANNELS))
+        lines = [
+            "    def looks(given):",
+            f"        return ledger.some(given.get({other!r}))",
+            *lines,
+            "    seen |= looks(state)",
+        ]
+    return lines
+
+
+@st.composite
 def node_sources(draw: st.DrawFn, name: str) -> str:
     """A node: it may answer without a call, call once or twice, and writes some channels."""
-    lines = [f"def {name}(state):", "    seen = ledger.tags(state)"]
+    lines = [f"def {name}(state):", *draw(reading_sources())]
     if draw(st.booleans()) and draw(st.booleans()):
         channel = draw(st.sampled_from(CHANNELS[:4]))
         lines += [
