@@ -146,8 +146,10 @@ class RolloutsAhead:
                 sampled = self._sampler.iteration(job.iteration, job.weights, job.cancellation)
             except BaseException as error:  # noqa: BLE001 - raised again by who wants the rollout
                 with self._lock:
+                    dropped = list(self._queue)
                     self._queue.clear()  # it would take the examples that were put back
-                job.result.set_exception(error)
+                for failed in (job, *dropped):
+                    failed.result.set_exception(error)
             else:
                 job.result.set_result(sampled)
 

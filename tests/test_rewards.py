@@ -347,6 +347,22 @@ def test_a_reward_model_batches_what_concurrent_episodes_ask(engine, scorer, mon
     assert 3 <= reward.batches <= 12
 
 
+def test_a_text_that_a_reward_model_cannot_score_takes_no_other_along(scorer, monkeypatch):
+    reward = RewardModel(scorer(), lambda e, s: s, device="cpu")
+    forward = reward._forward
+
+    def failing(rows):
+        if any(len(row) == 3 for row in rows):
+            raise IndexError("index out of range")
+        return forward(rows)
+
+    expected = reward.score(["a", "bb", "dddd"])
+    monkeypatch.setattr(reward, "_forward", failing)
+    futures = [reward._submit(text) for text in ("a", "bb", "ccc", "dddd")]
+    assert isinstance(futures.pop(2).exception(20), IndexError)
+    assert [future.result(20) for future in futures] == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_reward_model_reads_messages_through_the_chat_template(scorer):
     reward = RewardModel(scorer(), lambda e, s: s, device="cpu")
     templated, messages, dicts = reward.score(

@@ -204,12 +204,13 @@ class FakeEngine:
         self.requests.append(request)
         try:
             answer = self._answer(request)
-        except Exception as error:  # noqa: BLE001 - the script's own error is the caller's to see
-            answer = error
-        if isinstance(answer, Exception):
-            future.set_exception(answer)
+            if isinstance(answer, Exception):
+                raise answer
+            completion = self._completion(answer, request)
+        except BaseException as error:  # noqa: BLE001 - the script's own error is the caller's to see
+            future.set_exception(error)
         else:
-            future.set_result(self._completion(answer, request))
+            future.set_result(completion)
 
     def _answer(self, request: GenerationRequest) -> Answer:
         agent = request.agent or "base"

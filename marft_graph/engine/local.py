@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import logging
 import math
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import Future
 
 import numpy as np
@@ -30,10 +31,11 @@ from marft_graph.engine.running import Running, Waiting
 from marft_graph.engine.sampler import constrain, sample
 from marft_graph.episode import FinishReason
 from marft_graph.errors import (
-    CallTimeoutError,
     EngineError,
+    MarftError,
     PromptTooLongError,
 )
+from marft_graph.names import agent_of_adapter
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.beginning import SharedBeginning
 from marft_graph.policy.lora import AdapterValues
@@ -98,6 +100,8 @@ class LocalEngine:
         self._closed = False
         self._thread: threading.Thread | None = None
         self._rows: list[Running] = []
+        self._between: list[Running] = []
+        """Calls that are in no other list: they are about to join the batch, or to be answered."""
         self._beginning: SharedBeginning | None = None
         """What the prompts of the running rows have in common."""
         self._answered = 0
@@ -125,7 +129,7 @@ class LocalEngine:
         while True:
             with self._turning, self._changed:
                 waiting = [call.future for call in (*self._arrived, *self._queue)]
-                waiting += [row.future for row in self._rows]
+                waiting += [row.future for row in (*self._rows, *self._between)]
                 if not waiting:
                     self._policy.publish(values)
                     self._prefixes.clear()
@@ -164,6 +168,13 @@ class LocalEngine:
                 f"prompt of {request.agent or 'the base'} has {len(request.prompt_ids)} tokens; "
                 f"the context of {self._policy.codec.context_length} needs room for an answer"
             )
+        if max(request.prompt_ids) >= self._policy.vocabulary:
+            token = max(request.prompt_ids)
+            raise EngineError(
+                f"a prompt of {request.agent or 'the base'} has the token {token}, and the model "
+                f"knows only those below {self._policy.vocabulary}: the tokenizer has tokens that "
+                "the model has not"
+            )
         needed = self._most_tokens(request)
         if needed > self._max_tokens:
             raise EngineError(
@@ -201,11 +212,15 @@ class LocalEngine:
         while self._wait_for_work():
             try:
                 self._turn()
-            except Exception as error:  # an engine thread must never die with callers waiting
+            except BaseException as error:  # callers wait: the thread must never die
                 logger.exception("the local engine failed")
-                failure = EngineError(f"the local engine failed: {type(error).__name__}: {error}")
-                failure.__cause__ = error
-                self._fail_all(failure)
+                if self._rows or self._between:  # calls that wait may yet go well
+                    self._fail([*self._rows, *self._between], error)
+                    self._rows.clear()
+                    self._between.clear()
+                    _free_memory()
+                else:
+                    self._fail_all(_failure(error))
 
     def _wait_for_work(self) -> bool:
         with self._changed:
@@ -223,13 +238,20 @@ class LocalEngine:
     def _fail_all(self, error: EngineError) -> None:
         with self._changed:
             waiting = [call.future for call in (*self._arrived, *self._queue)]
-            waiting += [row.future for row in self._rows]
+            waiting += [row.future for row in (*self._rows, *self._between)]
             self._arrived.clear()
             self._queue.clear()
             self._rows.clear()
+            self._between.clear()
         for future in waiting:
             with contextlib.suppress(Exception):  # cancelled or resolved meanwhile
                 future.set_exception(error)
+
+    def _fail(self, rows: Sequence[Running], error: BaseException) -> None:
+        """Give some calls an error; the others go on."""
+        for row in rows:
+            with contextlib.suppress(Exception):  # cancelled or resolved meanwhile
+                row.future.set_exception(_failure(error, row.request.agent))
 
     def _turn(self) -> None:
         """Admit what may join, then release what is finished, or decode a token for every row."""
@@ -258,23 +280,49 @@ class LocalEngine:
             self._queue.extend(sorted(self._arrived, key=lambda call: call.request.order))
             self._arrived.clear()
             late = self._drop_ended()
-            new: list[Running] = []
+            new = self._between
             longest = max((self._most_tokens(row.request) for row in self._rows), default=0)
             while self._queue and len(self._rows) + len(new) < self._max_batch_size:
                 longest = max(longest, self._most_tokens(self._queue[0].request))
                 if (len(self._rows) + len(new) + 1) * longest > self._max_tokens:
                     break
-                new.append(self._new_row(self._queue.popleft()))
-        for future, error in late:  # outside the lock: who waits for them may submit again
+                call = self._queue.popleft()
+                try:
+                    new.append(self._new_row(call))
+                except Exception as error:  # noqa: BLE001 - this call's alone
+                    late.append((call.future, _failure(error, call.request.agent)))
+        for future, problem in late:  # outside the lock: who waits for them may submit again
             if future.set_running_or_notify_cancel():
-                future.set_exception(error)
+                future.set_exception(problem)
         if new:
-            self._prefill(new)
+            self._join(list(new))
+            new.clear()
             self._beginning = self._shared_beginning()
 
-    def _drop_ended(self) -> list[tuple[Future[Completion], CallTimeoutError]]:
+    def _join(self, new: Sequence[Running]) -> None:
+        """Prefill new calls; where that fails, each prompt by itself, and only its calls fail."""
+        prompts: dict[Prompt, list[Running]] = {}
+        for row in new:
+            prompts.setdefault((row.request.agent, row.request.prompt_ids), []).append(row)
+        try:
+            self._prefill(prompts)
+            return
+        except Exception as error:
+            if len(prompts) == 1:
+                logger.exception("the local engine failed on a call")
+            failure = error.with_traceback(None)  # whose frames hold tensors
+        self._rows = [row for row in self._rows if row.ids]  # the last ones had no token yet
+        _free_memory()
+        for rows in prompts.values():
+            without_token = [row for row in rows if not row.ids]
+            if len(prompts) > 1 and without_token:
+                self._join(without_token)
+            else:
+                self._fail(without_token, failure)
+
+    def _drop_ended(self) -> list[tuple[Future[Completion], MarftError]]:
         """Take calls that were cancelled or are too late out of the queue; the latter's errors."""
-        late = []
+        late: list[tuple[Future[Completion], MarftError]] = []
         kept: deque[Waiting] = deque()
         now = time.monotonic()
         for call in self._queue:
@@ -301,17 +349,16 @@ class LocalEngine:
             row.grammar = self._policy.grammars.follow(request.grammar)
         return row
 
-    def _prefill(self, new: list[Running]) -> None:
-        """Run the distinct prompts of new rows, copy their caches, sample the first tokens."""
-        waiting: dict[Prompt, list[Running]] = {}
-        for row in new:
-            waiting.setdefault((row.request.agent, row.request.prompt_ids), []).append(row)
+    def _prefill(self, waiting: Mapping[Prompt, Sequence[Running]]) -> None:
+        """Run distinct prompts, copy their caches for their rows, sample the first tokens."""
         prompts = list(waiting)
+        count = sum(map(len, waiting.values()))
         tokens = [row.cached for row in self._rows] + [len(ids) for _, ids in prompts]
-        self._cache.reserve(len(self._rows) + len(new), max(tokens) + 1)
+        self._cache.reserve(len(self._rows) + count, max(tokens) + 1)
         for batch in prefill(self._policy, prompts, self._prefixes, _PREFILL_TOKENS):
             self.prefilled_tokens += batch.computed
-            rows, source = [], []
+            rows: list[Running] = []
+            source: list[int] = []
             for place, index in enumerate(batch.members):
                 own = waiting[prompts[index]]
                 rows += own
@@ -373,8 +420,12 @@ class LocalEngine:
         for row, token, logprob in zip(rows, token_B.tolist(), logprob_B.tolist(), strict=True):
             row.ids.append(token)
             row.logprobs.append(logprob)
-            if row.grammar is not None:
+            if row.grammar is None:
+                continue
+            try:
                 row.grammar.accept(token)
+            except Exception as error:  # noqa: BLE001 - this call's alone
+                row.failure, row.grammar = _failure(error, row.request.agent), None
 
     def _release(self) -> bool:
         """Answer finished rows and pack the others to the front; whether there were any."""
@@ -383,7 +434,8 @@ class LocalEngine:
         if not finished:
             return False
         self._keep_prefixes([row for row, _ in finished])
-        self._pack({row for row, _ in finished})
+        self._between = [row for row, _ in finished]
+        self._pack(set(self._between))
         self._beginning = self._shared_beginning()
         if not self._answered:
             self._steps = 0
@@ -403,6 +455,7 @@ class LocalEngine:
                     is_constrained=row.grammar is not None,
                 )
             )
+        self._between.clear()
         return True
 
     def _pack(self, finished: Set[Running]) -> None:
@@ -440,6 +493,20 @@ class LocalEngine:
             row.failure = waiting.too_late(f"being answered, with {len(ids)} tokens so far")
             return "stop"
         return None
+
+
+def _failure(error: BaseException, agent: str | None = None) -> EngineError:
+    """What is raised for calls that an error of the engine ends."""
+    where = f" on a call of {agent_of_adapter(agent)}" if agent else ""
+    failure = EngineError(f"the local engine failed{where}: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 _engines: weakref.WeakSet[LocalEngine] = weakref.WeakSet()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from marft_graph.engine.running import Running
-from marft_graph.errors import ModelError
+from marft_graph.errors import EngineError, MarftError
 from marft_graph.policy.logprobs import FORBIDDEN, constrained, scaled_logprobs
 
 
@@ -24,8 +24,10 @@ def constrain(rows: Sequence[Running], logits_BV: Tensor) -> Tensor:
         try:
             allowed.append(row.grammar.allowed())
             places.append(place)
-        except ModelError as error:
+        except MarftError as error:
             row.failure, row.grammar = error, None
+        except Exception as error:  # noqa: BLE001 - this call's alone
+            row.failure, row.grammar = EngineError(f"a grammar failed: {error!r}"), None
     if not places:
         return logits_BV
     place_M = torch.tensor(places, device=logits_BV.device)

@@ -124,14 +124,22 @@ class RewardModel:
                 if not batch:
                     self._is_running = False
                     return
-            try:
-                scores = self._forward([ids for ids, _ in batch])
-            except Exception as error:  # noqa: BLE001 - raised in whoever waits
-                for _, future in batch:
-                    _settle(future, error)
-            else:
-                for (_, future), score in zip(batch, scores, strict=True):
-                    _settle(future, score)
+            self._settle_all(batch)
+
+    def _settle_all(self, batch: Sequence[tuple[list[int], Future[float]]]) -> None:
+        """Score a batch; where that fails, each text by itself, and only its own score fails."""
+        try:
+            scores = self._forward([ids for ids, _ in batch])
+        except BaseException as error:  # noqa: BLE001 - raised in whoever waits
+            if len(batch) == 1:
+                _settle(batch[0][1], error)
+                return
+        else:
+            for (_, future), score in zip(batch, scores, strict=True):
+                _settle(future, score)
+            return
+        for entry in batch:
+            self._settle_all([entry])
 
     def _gather(self) -> None:
         """Wait a moment for others, as long as more keep coming and a batch is not full."""
@@ -154,10 +162,10 @@ class RewardModel:
         return [float(logit) for logit in logits_B1[:, 0].float().cpu()]
 
 
-def _settle(future: Future[float], outcome: float | Exception) -> None:
+def _settle(future: Future[float], outcome: float | BaseException) -> None:
     if not future.set_running_or_notify_cancel():
         return
-    if isinstance(outcome, Exception):
+    if isinstance(outcome, BaseException):
         future.set_exception(outcome)
     else:
         future.set_result(outcome)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,6 +18,8 @@ from marft_graph.engine.base import ChatCodec, Completion, GenerationRequest
 from marft_graph.engine.vllm.endpoint import Adapter, Answer, Prompt
 from marft_graph.engine.vllm.pool import ServerPool
 from marft_graph.errors import ConfigError, EngineError, PromptTooLongError
+
+logger = logging.getLogger(__name__)
 
 # What vLLM accepts as it is; it raises lower temperatures to the first of them.
 _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 2.0
@@ -110,7 +113,12 @@ class VersionedCalls:
         future: Future[Completion] = Future()
         try:
             answer = self._pool.submit(publication.adapters[request.agent], prompt, request.timeout)
-        except EngineError:
+        except KeyError:
+            self._release(publication)
+            raise EngineError(
+                f"version {publication.version} has no adapter {request.agent!r}"
+            ) from None
+        except BaseException:
             self._release(publication)
             raise
         future.add_done_callback(lambda done: answer.cancel() if done.cancelled() else None)
@@ -142,7 +150,10 @@ class VersionedCalls:
     def _settle(
         self, answer: Future[Answer], *, future: Future[Completion], publication: Publication
     ) -> None:
-        self._release(publication)
+        try:
+            self._release(publication)
+        except Exception:  # the caller waits for the answer, whatever becomes of old adapters
+            logger.exception("adapters of version %d could not be retired", publication.version)
         if not future.set_running_or_notify_cancel():
             return
         if answer.cancelled():
