@@ -113,11 +113,17 @@ def tool_choice(asked: Any) -> Any:
 
 
 def response_format(asked: Any) -> Any:
-    """The structure that an app asks for, in OpenAI's form."""
-    known = ("json_schema", "json_object", "text")
-    if not isinstance(asked, Mapping) or asked.get("type") in known:
+    """The structure that an app asks for, in OpenAI's form.
+
+    >>> response_format({"type": "json_object", "schema": {"title": "Answer"}})
+    {'type': 'json_object'}
+    """
+    if not isinstance(asked, Mapping) or asked.get("type") == "text" or "json_schema" in asked:
         return asked
-    named = {"name": asked.get("title", "answer"), "schema": schema_of(asked)}
+    if asked.get("type") == "json_object":
+        return {"type": "json_object"}
+    schema = schema_of(asked) or {}
+    named = {"name": schema.get("title", "answer"), "schema": schema}
     return {"type": "json_schema", "json_schema": named}
 
 

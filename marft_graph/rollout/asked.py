@@ -7,14 +7,17 @@ none of them needs to be installed. Knows nothing of runs, prompts and engines.
 
 from __future__ import annotations
 
+import contextvars
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.utils.function_calling import convert_to_openai_tool
-from pydantic import BaseModel
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from pydantic import BaseModel, PydanticUserError
 
 from marft_graph.errors import ConfigError
 
@@ -40,6 +43,23 @@ _PROVIDERS_TOOL = (
     "out of `nodes`, so that it keeps its own model"
 )
 _told_of: set[tuple[str, str]] = set()
+
+
+# What `with_structured_output` says of itself; LangChain drops it before the model is asked.
+_declared: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
+    "marft_structure", default=MappingProxyType({})
+)
+
+
+@contextmanager
+def asked_for(kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Remember, while the model is asked, which structure a call with these arguments is for."""
+    declared = kwargs.get("ls_structured_output_format") or kwargs.get("structured_output_format")
+    token = _declared.set(_mapping(declared))
+    try:
+        yield
+    finally:
+        _declared.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +93,11 @@ def what_is_asked(
     tools = _tools(given.get("tools", ()), node)
     names = tuple(tool["function"]["name"] for tool in tools)
     choice, forced = _tool_choice(given, names)
+    declared = _declared.get()
+    method = _mapping(declared.get("kwargs")).get("method")
+    if method == "function_calling" and not forced and choice != "none":
+        # Ollama's class cannot force a call, but parses the answer as if it had.
+        forced = tuple(name for name in names if name == _name_of(declared.get("schema")))
     is_single = given.get("parallel_tool_calls") is False or bool(
         _mapping(given.get("tool_choice")).get("disable_parallel_tool_use")
     )
@@ -82,7 +107,27 @@ def what_is_asked(
         wants_logprobs=_wants_logprobs(model, given, node),
         provider=provider_of(model),
     )
-    return tools, choice, _structure(model, given), asked
+    structure = _structure(model, given)
+    if method == "json_mode" and _mapping(structure).get("type") == "json_object":
+        structure = {**structure, **_schema_entry(declared.get("schema"))}
+    return tools, choice, structure, asked
+
+
+def _name_of(schema: Any) -> str | None:
+    """The name of the tool that stands for a schema."""
+    try:
+        name = convert_to_openai_tool(schema)["function"]["name"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return str(name)
+
+
+def _schema_entry(schema: Any) -> dict[str, Any]:
+    """The JSON schema by which the app will parse any JSON object; nothing where it has none."""
+    try:
+        return {"schema": convert_to_json_schema(schema)} if schema is not None else {}
+    except (PydanticUserError, ValueError, TypeError):
+        return {}
 
 
 def provider_of(model: BaseChatModel) -> str:
@@ -108,11 +153,11 @@ def _tools(tools: Sequence[Any], node: str) -> tuple[dict[str, Any], ...]:
         if several is None:
             found.append(convert_to_openai_tool(tool))
         else:
-            found += [convert_to_openai_tool(_declared(one)) for one in several]
+            found += [convert_to_openai_tool(_google_function(one)) for one in several]
     return tuple(found)
 
 
-def _declared(declaration: Any) -> dict[str, Any]:
+def _google_function(declaration: Any) -> dict[str, Any]:
     """One of Google's function declarations as OpenAI's function."""
     known = _mapping(declaration)
     parameters = known.get("parameters_json_schema") or known.get("parameters") or {}

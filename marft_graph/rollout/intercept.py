@@ -31,12 +31,14 @@ from langchain_core.runnables.config import RunnableConfig, ensure_config, var_c
 from marft_graph.errors import ConfigError, EpisodeTimeoutError
 from marft_graph.names import node_path
 from marft_graph.rollout import streaming
-from marft_graph.rollout.asked import REASON_KEYS, Asked, what_is_asked
+from marft_graph.rollout.asked import REASON_KEYS, Asked, asked_for, what_is_asked
 
 RUN_KEY = "marft_run"
 """Key of the run's id in a config's metadata; calls that lost their context are found by it."""
 
 PATCHED_NAMES = (
+    "generate",
+    "agenerate",
     "_generate_with_cache",
     "_agenerate_with_cache",
     "stream",
@@ -185,6 +187,8 @@ def intercepting(responder: Responder, *, context: bool = True) -> Iterator[dict
 
 def _install() -> None:
     replacements: dict[str, Callable[..., Any]] = {
+        "generate": _ask,
+        "agenerate": _aask,
         "_generate_with_cache": _generate,
         "_agenerate_with_cache": _agenerate,
         "stream": _stream,
@@ -481,6 +485,17 @@ async def _adelegated_stream(
 # What stands in for BaseChatModel's methods
 
 
+def _ask(self: BaseChatModel, *args: Any, **kwargs: Any) -> Any:
+    """`generate`, which drops what `with_structured_output` says of itself before it asks."""
+    with asked_for(kwargs):
+        return _originals["generate"](self, *args, **kwargs)
+
+
+async def _aask(self: BaseChatModel, *args: Any, **kwargs: Any) -> Any:
+    with asked_for(kwargs):
+        return await _originals["agenerate"](self, *args, **kwargs)
+
+
 def _generate(
     self: BaseChatModel,
     messages: list[BaseMessage],
@@ -533,11 +548,14 @@ def _result(model: BaseChatModel, message: AIMessage) -> ChatResult:
     return ChatResult(generations=[generation], llm_output=output)
 
 
-def _streams(model: BaseChatModel, metadata: Mapping[str, Any] | None) -> streaming.Answering:
-    """The model as one that streams what the run answers."""
+def _streams(
+    model: BaseChatModel, metadata: Mapping[str, Any] | None, called_with: Mapping[str, Any]
+) -> streaming.Answering:
+    """The model as one that streams what the run answers, to a call with these arguments."""
 
     def begin(messages: Any, stop: Any, kwargs: Mapping[str, Any]) -> tuple[_Run, Pending]:
-        begun = _begin(model, messages, stop, metadata, kwargs)
+        with asked_for(called_with):
+            begun = _begin(model, messages, stop, metadata, kwargs)
         if begun is None or isinstance(begun[1], Delegate):
             raise RuntimeError("the run that was to answer a streamed call does so no more")
         return begun[0], begun[1]
@@ -568,7 +586,7 @@ def _stream(
     ):  # a model that cannot stream is invoked, and found again there
         if routed is None and self._should_stream(async_api=False, **{**kwargs, "stream": True}):
             _tell_passed(metadata)
-        model = self if routed is None else _streams(self, metadata)
+        model = self if routed is None else _streams(self, metadata, kwargs)
         yield from _originals["stream"](model, input, config, stop=stop, **kwargs)
         return
     begun = _begin(self, self._convert_input(input).to_messages(), stop, metadata, kwargs)
@@ -593,7 +611,7 @@ async def _astream(
     ):
         if routed is None and self._should_stream(async_api=True, **{**kwargs, "stream": True}):
             _tell_passed(metadata)
-        model = self if routed is None else _streams(self, metadata)
+        model = self if routed is None else _streams(self, metadata, kwargs)
         async for chunk in _originals["astream"](model, input, config, stop=stop, **kwargs):
             yield chunk
         return

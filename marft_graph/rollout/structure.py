@@ -65,7 +65,8 @@ def schema_of(response_format: Any) -> Mapping[str, Any] | None:
         schema: Mapping[str, Any] = inner.get("schema", inner)
         return schema
     if kind == "json_object":
-        return {"type": "object", "additionalProperties": True}
+        known: Mapping[str, Any] | None = response_format.get("schema")
+        return known or {"type": "object", "additionalProperties": True}
     return None if kind == "text" else response_format
 
 
@@ -97,9 +98,7 @@ def instruction(call: InterceptedCall) -> str:
     if schema is None:
         return ""
     otherwise = " unless you call a tool" if call.tools and call.tool_choice != "none" else ""
-    if isinstance(call.response_format, Mapping) and call.response_format.get("type") == (
-        "json_object"
-    ):
+    if "properties" not in schema and schema.get("type") == "object":
         return f"Answer with one JSON object and nothing else{otherwise}."
     text = json.dumps(_without_titles(schema), ensure_ascii=False, separators=(",", ":"))
     return f"Answer with JSON that fits this schema and nothing else{otherwise}:\n{text}"
