@@ -31,6 +31,7 @@ from marft_graph.names import agent_path
 from marft_graph.policy.team import Team
 from marft_graph.rollout.inputs import AppInputs
 from marft_graph.rollout.rewards import Rewards
+from marft_graph.rollout.settings import check_at_least
 from marft_graph.run.paired import PairedDifference, paired_difference
 
 BASE = "base"
@@ -150,11 +151,14 @@ def compare(
         own_concurrency: episodes of the app's own models that run at once; APIs limit rates.
 
     Raises:
-        ConfigError: no policy, or `against` or a price names one that is not compared.
+        ConfigError: no policy, `against` or a price names one that is not compared, or a number
+            is out of range.
         ExportError, ModelError, DatasetError, EpisodesFailedError, RewardError: as in evaluation.
     """
     prices = dict(prices or {})
     given = AppInputs(inputs=inputs)
+    check_at_least("episodes_per_example", episodes_per_example, 1)
+    check_at_least("own_concurrency", own_concurrency, 1)
     reference = _reference(policies, against, prices)
     app = as_compiled(graph)
     examples = as_examples(dataset, "dataset", config.eval_examples or None)

@@ -140,6 +140,12 @@ graph = app()
 """
 
 
+@pytest.mark.parametrize("name", ["episodes_per_example", "own_concurrency"])
+def test_no_episodes_at_all_are_refused(tiny_model: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is 0; it must be at least 1"):
+        compare(app(), {"a": "own"}, ROWS, reward=is_yes, config=config(tiny_model), **{name: 0})
+
+
 def test_the_command_prints_and_writes_the_comparison(tiny_model: Path, tmp_path: Path) -> None:
     task = TASK.replace("question", "q").replace('state["answer"]', 'state["a"]')
     settings = CONFIG.replace("base_model: base", f"base_model: {tiny_model}")

@@ -29,10 +29,12 @@ from marft_graph.errors import ConfigError, ExportError
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
 from marft_graph.names import agent_path
+from marft_graph.policy.devices import check_device
 from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.rollout.answers import message_for, prompt_of, request_for
 from marft_graph.rollout.intercept import InterceptedCall, Pending, Responder, intercepting
 from marft_graph.rollout.recorder import stable_seed
+from marft_graph.rollout.settings import check_at_least
 from marft_graph.rollout.structure import raise_as_own_model
 
 ANSWERED_BY = "marft_answered_by"
@@ -83,6 +85,11 @@ def bind(
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"share is {share}; it must be between 0 and 1")
+    check_at_least("temperature", temperature, 0)
+    if not timeout > 0:
+        raise ConfigError(f"timeout is {timeout}; it must be above 0")
+    if base_url is None:
+        check_device(device)
     app = as_compiled(graph)
     folder = Path(export_dir)
     manifest = read_manifest(folder)

@@ -34,7 +34,7 @@ from marft_graph.rollout.process_loop import Blocked, process_loop
 from marft_graph.rollout.quiescence import Quiescence
 from marft_graph.rollout.recorder import stable_seed
 from marft_graph.rollout.rewards import RewardCalls, Rewards, as_reward_function
-from marft_graph.rollout.settings import RolloutSettings
+from marft_graph.rollout.settings import RolloutSettings, check_at_least
 from marft_graph.rollout.trace import GraphShape
 
 _CANCEL_SECONDS = 2.0
@@ -87,8 +87,9 @@ class Rollout:
         """The episodes of some examples, those of the first one first.
 
         Raises:
-            DatasetError, RewardError, asyncio.CancelledError: as in `run_episodes`.
+            ConfigError, DatasetError, RewardError, asyncio.CancelledError: as in `run_episodes`.
         """
+        check_at_least("group_size", group_size, 1)
         listed, values = graph_inputs(
             self._shared.graph,
             examples,

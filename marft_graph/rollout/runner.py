@@ -93,6 +93,7 @@ def run_episodes(
     Raises:
         GraphError: `graph` is no LangGraph app.
         UnknownNodeError: `nodes` names a node that the graph does not have.
+        ConfigError: a number is out of range.
         DatasetError: no examples, or an example without the graph's input keys.
         RewardError: the reward function failed (unless `reward_errors` is `drop`), or a node
             emitted what is no reward; the message shows the example.

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from marft_graph.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSettings:
@@ -37,3 +39,27 @@ class RolloutSettings:
     """By name of an exception's class: the outcome of an episode that it ends."""
     reward_errors: Literal["stop", "drop"] = "stop"
     """Whether a reward function that fails stops the rollout or drops its episode."""
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "reward_concurrency", "max_new_tokens"):
+            check_at_least(name, getattr(self, name), 1)
+        for name in ("episode_timeout", "call_timeout", "reward_timeout"):
+            seconds = getattr(self, name)
+            if seconds is not None and not seconds > 0:
+                raise ConfigError(f"{name} is {seconds}; it must be above 0")
+        if self.temperature is not None:
+            check_at_least("temperature", self.temperature, 0)
+        if self.reward_errors not in ("stop", "drop"):
+            raise ConfigError(
+                f"reward_errors is {self.reward_errors!r}; it must be one of stop, drop"
+            )
+
+
+def check_at_least(name: str, value: float, least: int) -> None:
+    """Refuse a number that is too small, before anything waits for it.
+
+    Raises:
+        ConfigError: it is below `least`, or no number.
+    """
+    if not value >= least:
+        raise ConfigError(f"{name} is {value}; it must be at least {least}")

@@ -16,7 +16,7 @@ from langgraph.graph import START, StateGraph
 from langgraph.types import Command, interrupt
 
 from marft_graph import TrainConfig, Trainer, bind
-from marft_graph.errors import ExportError
+from marft_graph.errors import ConfigError, ExportError
 from tests.apps import DuoState, duo, voters
 from tests.apps import model as own_model
 
@@ -142,3 +142,14 @@ def test_a_damaged_or_foreign_export_is_named(exported: tuple[Path, Trainer]) ->
         bind(duo(sync=True), folder)
     with pytest.raises(ExportError, match="no export folder"):
         bind(duo(sync=True), folder.parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -1.0), ("share", 1.5), ("timeout", 0.0), ("device", "cuda:99")],
+)
+def test_what_cannot_be_is_refused_when_the_app_is_bound(
+    exported: tuple[Path, Trainer], name: str, value: Any
+) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is .*{value}"):
+        bind(duo(sync=True), exported[0], **{name: value})

@@ -18,7 +18,14 @@ from typing_extensions import TypedDict
 
 from marft_graph.engine.fake import FakeEngine
 from marft_graph.episode import Reward
-from marft_graph.errors import DatasetError, EngineError, GraphError, RewardError, UnknownNodeError
+from marft_graph.errors import (
+    ConfigError,
+    DatasetError,
+    EngineError,
+    GraphError,
+    RewardError,
+    UnknownNodeError,
+)
 from marft_graph.rollout.cancellation import Cancellation
 from marft_graph.rollout.runner import run_episodes
 
@@ -242,6 +249,19 @@ def test_a_table_has_its_rows_as_examples(engine):
     rows = [{"q": "a"}, {"q": "b"}]
     episodes = run_episodes(duo(), pd.DataFrame(rows), engine=engine)
     assert [episode.example for episode in episodes] == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("concurrency", 0), ("reward_concurrency", 0), ("group_size", 0), ("max_new_tokens", 0)),
+        *(("episode_timeout", 0), ("call_timeout", -1), ("reward_timeout", float("nan"))),
+        *(("temperature", -0.5), ("temperature", float("nan")), ("reward_errors", "skip")),
+    ],
+)
+def test_a_limit_that_is_none_is_refused_before_anything_runs(engine, name, value):
+    with pytest.raises(ConfigError, match=f"{name} is .*{value}.*it must be"):
+        run_episodes(duo(), examples(1), engine=engine, **{name: value})
 
 
 def test_inputs_may_be_made_from_an_example(engine):
