@@ -19,7 +19,7 @@ from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk
 
 _WORD = re.compile(r"\S+\s*|^\s+")
-_ARGUMENT_CHARACTERS = 16
+_ARGUMENT_CHARACTERS = 8
 
 
 def chunks_of(message: AIMessage, output_version: str | None = None) -> list[AIMessageChunk]:
