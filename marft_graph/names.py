@@ -35,6 +35,15 @@ def agent_path(path: str) -> str:
     return parent if parent and last in _PREBUILT_INNER else path
 
 
+def error_handler_path(node: str) -> str:
+    """Node path of what handles the errors of a node, as runs name it.
+
+    >>> error_handler_path("writer")
+    'writer/__error_handler__'
+    """
+    return f"{node}/__error_handler__"
+
+
 def adapter_name(path: str) -> str:
     """An agent path as a name for PEFT, file systems and vLLM; `agent_of_adapter` reverses it.
 

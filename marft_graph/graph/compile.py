@@ -6,6 +6,7 @@ it cannot be certain of it takes to be possible, so that `never` is never wrong.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ from marft_graph.graph.flex_mg import END, START, FlexMG
 from marft_graph.graph.roles import Findings, inspect_node
 from marft_graph.graph.source import Reading, read_source
 from marft_graph.graph.state_use import ALL, StateUse, state_use
-from marft_graph.names import agent_path
+from marft_graph.names import agent_path, error_handler_path
 
 App = Pregel[Any, Any, Any, Any]
 
@@ -109,41 +110,25 @@ class _Compiler:
 
     def scope(self, app: App, prefix: str, above: frozenset[int]) -> Scope:
         """One graph of the app, with those inside it; vertices are added on the way."""
-        names = [name for name in app.nodes if name not in (START, END)]
-        findings = {name: inspect_node(app.nodes[name].bound) for name in names}
-        readings = {name: read_source(app.nodes[name].bound) for name in names}
+        parts = _parts_of(app)
         channels = state_channels(app)
         nodes = {}
-        for name in names:
-            bound, found, reading = app.nodes[name].bound, findings[name], readings[name]
-            use = state_use(bound, read_channels(app, name))
-            node = nodes[name] = Node(
-                path=prefix + name,
-                reads=_reads(app, name, use),
-                may_write=channels if reading.may_write is None else reading.may_write & channels,
-                must_write=_made(use) & reading.must_write & channels,
-                must_read=_certain(use, app, name),
-                is_read_by_code=use.may_read is not None,
-                always_calls=found.calls_model and reading.always_calls,
-                calls_again=found.calls_model and not reading.calls_once,
-                is_graph=isinstance(bound, Pregel),
-                hands_over=bool(found.graphs) and "PARENT" in _mentions_inside(found),
-            )
-            if isinstance(app, CompiledStateGraph) and app.builder.nodes[name].cache_policy:
-                node.always_calls = False
-            self._fill(node, found, above | {id(app)})
+        for part in parts:
+            use = _use(app, part)
+            node = nodes[part.key] = _node(app, part, use, prefix)
+            self._fill(node, part.found, above | {id(app)})
             self._carry(node, use)
         return Scope(
             nodes=nodes,
-            triggers=_triggers(app, findings, readings, nodes),
+            triggers=_triggers(app, parts, nodes),
             channels=channels,
             inputs=input_channels(app),
             outputs=output_channels(app),
             reducers=frozenset(name for name in channels if collects(app.channels[name])),
             deferred=frozenset(
-                name
-                for name in names
-                if isinstance(app, CompiledStateGraph) and app.builder.nodes[name].defer
+                part.key
+                for part in parts
+                if isinstance(app, CompiledStateGraph) and part.spec is not None and part.spec.defer
             ),
             is_ordered=isinstance(app, CompiledStateGraph),
         )
@@ -153,8 +138,9 @@ class _Compiler:
         prefix = f"{node.path}/"
         inside = [graph for graph in found.graphs if id(graph) not in above]
         node.inner = [self.scope(graph, prefix, above) for graph in inside]
-        if found.tasks:
-            node.inner.append(self._tasks(found, prefix, above))
+        for parts in (found.tasks, found.tools):
+            if parts:
+                node.inner.append(self._inside(parts, prefix, above))
         node.inner = [scope for scope in node.inner if scope.nodes]
         node.is_graph = node.is_graph and bool(node.inner)
         node.is_visible = found.calls_model or not node.inner
@@ -162,7 +148,7 @@ class _Compiler:
             return
         if found.calls_model:
             node.path = agent_path(node.path)
-        elif found.is_opaque:
+        elif not found.is_certain:
             self.unread.add(node.path)
         self.graph.add_node(node.path, role="agent" if found.calls_model else "environment")
         if node.always_calls:
@@ -175,10 +161,12 @@ class _Compiler:
             carries = {name: sorted(made_of) for name, made_of in sorted(known.items()) if made_of}
             self.graph.nodes[node.path]["carries"] = carries
 
-    def _tasks(self, found: Findings, prefix: str, above: frozenset[int]) -> Scope:
-        """Tasks of the functional API that a node's code can call, in any order."""
+    def _inside(self, parts: Mapping[str, Findings], prefix: str, above: frozenset[int]) -> Scope:
+        """Tasks of the functional API, or tools, that a node's code can call, in any order."""
         nodes = {}
-        for name, inner in found.tasks.items():
+        for name, inner in parts.items():
+            if not _holds_agent(inner):
+                continue
             node = nodes[name] = Node(
                 path=prefix + name,
                 reads=frozenset({"input"}),
@@ -209,7 +197,7 @@ class _Compiler:
         entries: _Ends = set()
         exits: _Ends = set()
         for trigger in scope.triggers:
-            source, target = trigger.source, trigger.target
+            source, target = trigger.via or trigger.source, trigger.target
             if source == START and target in first:
                 entries |= {(b, _stronger(trigger.kind, kind)) for b, kind in first[target]}
             elif target == END and source in last:
@@ -229,24 +217,120 @@ def _stronger(*kinds: str) -> str:
     return max(kinds, key=("control", "conditional", "fan_out").index)
 
 
-def _reads(app: App, name: str, use: StateUse) -> frozenset[str]:
-    """Channels that a node can read: by its code, or by its schema; its branches' too, if they ask
-    a model in its name.
-    """
-    given = read_channels(app, name)
+def _holds_agent(found: Findings) -> bool:
+    inner = [*found.tasks.values(), *found.tools.values()]
+    return found.calls_model or bool(found.graphs) or any(map(_holds_agent, inner))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Part:
+    """A node of an app, an error handler for one of its nodes, or a routing function of START."""
+
+    key: str
+    """Its name among the app's parts."""
+    name: str
+    """The node of the app; START for a routing function."""
+    path: str
+    """Its name in runs."""
+    own: Findings
+    """What its own code holds."""
+    found: Findings
+    """The same with its conditional edges, which run in its task."""
+    reading: Reading
+    branches: tuple[Any, ...] = ()
+    """Conditional edges that ask a model."""
+    spec: Any = None
+    """What the builder knows of the node."""
+    guards: str = ""
+    """The node whose errors it handles."""
+
+
+def _parts_of(app: App) -> list[_Part]:
+    builder = app.builder if isinstance(app, CompiledStateGraph) else None
+    found = []
+    for name in app.nodes:
+        if name in (START, END):
+            continue
+        bound = app.nodes[name].bound
+        spec = builder.nodes[name] if builder is not None else None
+        branches = tuple(builder.branches.get(name, {}).values()) if builder is not None else ()
+        own, reading = inspect_node(bound), read_source(bound)
+        asking = {id(b): inspect_node(b.path) for b in branches}
+        whole = _together(own, asking.values())
+        asked = tuple(b for b in branches if _holds_agent(asking[id(b)]))
+        part = _Part(name, name, name, own, whole, reading, asked, spec)
+        if builder is None or not getattr(spec, "is_error_handler", False):
+            found.append(part)
+            continue
+        guarded = [n for n, other in builder.nodes.items() if _handler(other) == name]
+        for node in guarded:  # one handler may stand behind several nodes
+            key, path = f"{name}:{node}", error_handler_path(node)
+            found.append(dataclasses.replace(part, key=key, path=path, guards=node))
+    for label, branch in (builder.branches.get(START, {}) if builder is not None else {}).items():
+        asks = inspect_node(branch.path)
+        if _holds_agent(asks) and label not in app.nodes:
+            nothing = Reading(may_write=frozenset(), targets=frozenset())
+            found.append(_Part(label, START, label, asks, asks, nothing, (branch,)))
+    return found
+
+
+def _handler(spec: Any) -> str | None:
+    handler: str | None = getattr(spec, "error_handler_node", None)
+    return handler
+
+
+def _together(own: Findings, branches: Iterable[Findings]) -> Findings:
+    """What a node holds, with the conditional edges behind it."""
+    for branch in branches:
+        own = dataclasses.replace(
+            own,
+            calls_model=own.calls_model or branch.calls_model,
+            graphs=tuple({id(g): g for g in (*own.graphs, *branch.graphs)}.values()),
+            tasks={**own.tasks, **branch.tasks},
+            tools={**own.tools, **branch.tools},
+            unresolved=(*own.unresolved, *branch.unresolved),
+            clients=tuple(sorted({*own.clients, *branch.clients})),
+            calls=min(2, own.calls + branch.calls),
+        )
+    return own
+
+
+def _use(app: App, part: _Part) -> StateUse:
+    """What a part reads of the state; a routing function reads what its branch is given."""
+    if part.name == START:
+        (branch,) = part.branches
+        return state_use(branch.path, branch_channels(app, START, branch))
+    return state_use(app.nodes[part.name].bound, read_channels(app, part.name))
+
+
+def _node(app: App, part: _Part, use: StateUse, prefix: str) -> Node:
+    own, reading = part.own, part.reading
+    channels = state_channels(app)
+    is_cached = part.spec is not None and part.spec.cache_policy
+    given = read_channels(app, part.name) if part.name != START else frozenset[str]()
     reads = given if use.may_read is None else use.may_read & given
-    branches = app.builder.branches.get(name, {}) if isinstance(app, CompiledStateGraph) else {}
-    for branch in branches.values():
-        found = inspect_node(branch.path)
-        if found.calls_model or found.graphs:
-            reads |= branch_channels(app, name, branch)
-    return reads
+    for branch in part.branches:  # they ask a model in its name
+        reads |= branch_channels(app, part.name, branch)
+    # Where an error is handled, the run may go on without what the node writes.
+    must_write = frozenset[str]() if _handler(part.spec) else reading.must_write & channels
+    return Node(
+        path=prefix + part.path,
+        reads=reads,
+        may_write=channels if reading.may_write is None else reading.may_write & channels,
+        must_write=_made(use) & must_write,
+        must_read=given if ALL in use.must_read else use.must_read & given,
+        is_read_by_code=use.may_read is not None,
+        always_calls=own.calls_model and reading.always_calls and not is_cached,
+        calls_again=part.found.calls_model and not _calls_once(part),
+        is_graph=part.name != START and isinstance(app.nodes[part.name].bound, Pregel),
+        hands_over=bool(own.graphs) and "PARENT" in _mentions_inside(own),
+    )
 
 
-def _certain(use: StateUse, app: App, name: str) -> frozenset[str]:
-    """Channels that every run of a node reads before it calls a model."""
-    given = read_channels(app, name)
-    return given if ALL in use.must_read else use.must_read & given
+def _calls_once(part: _Part) -> bool:
+    if part.name == START:
+        return part.own.calls < 2
+    return not part.branches and part.reading.calls_once and part.own.calls < 2
 
 
 def _made(use: StateUse) -> frozenset[str]:
@@ -254,12 +338,7 @@ def _made(use: StateUse) -> frozenset[str]:
     return frozenset(k for k, v in use.carries.items() if not v) if use.carries else frozenset()
 
 
-def _triggers(
-    app: App,
-    findings: dict[str, Findings],
-    readings: dict[str, Reading],
-    nodes: dict[str, Node],
-) -> list[Trigger]:
+def _triggers(app: App, parts: list[_Part], nodes: dict[str, Node]) -> list[Trigger]:
     """Edges between an app's own nodes, START and END."""
     if not isinstance(app, CompiledStateGraph):  # the functional API, or a Pregel made by hand
         return [
@@ -275,37 +354,71 @@ def _triggers(
     for sources, target in builder.waiting_edges:
         join = tuple(sorted(sources))
         found += [Trigger(source, target, "control", join) for source in join]
-    everywhere = [*nodes, END]
+    ordinary = [part for part in parts if part.name != START]
+    everywhere = frozenset({*(part.name for part in ordinary if not part.guards), END})
+    routers = {part.key for part in parts if part.name == START}
+    found += [Trigger(START, router, "control") for router in sorted(routers)]
     for source, branches in builder.branches.items():
         for label, branch in branches.items():
             reading = read_source(branch.path)
             mentions = inspect_node(branch.path).mentions
             kind = "fan_out" if "Send" in mentions else "conditional"
-            ends = set((branch.ends or {}).values()) or reading.targets or everywhere
+            declared = frozenset((branch.ends or {}).values())
+            sends = "Send" in mentions  # goes where it likes, whatever is declared
+            targets = _targets(declared, reading, everywhere, may_go_elsewhere=sends)
+            if reading.may_send_nothing:
+                targets |= {END}
             choice = f"branch {label}" if reading.goes_one_way else ""
             read = branch_channels(app, source, branch)
-            found += [Trigger(source, target, kind, (), choice, read) for target in ends]
-    for name in nodes:
-        spec, reading = builder.nodes[name], readings[name]
-        mentions = findings[name].users_mentions
-        if nodes[name].hands_over:
-            mentions = _mentions_inside(findings[name])
+            via = label if source == START and label in routers else ""
+            found += [Trigger(source, target, kind, (), choice, read, via) for target in targets]
+    leaving = {trigger.source for trigger in found}
+    staying = set()
+    for part in ordinary:
+        name, node = part.key, nodes[part.key]
+        mentions = _mentions_inside(part.own) if node.hands_over else part.own.users_mentions
         kind = "fan_out" if "Send" in mentions else "conditional"
-        targets = set(spec.ends or ())
-        if not targets and reading.targets is not None:
-            targets = set(reading.targets)
-        elif not targets and ("Command" in mentions or nodes[name].hands_over):
-            targets = set(everywhere)  # goes where its code says, and that is not plain
-        choice = "command" if reading.goes_one_way else ""
+        may_go = "Command" in mentions or node.hands_over
+        if part.reading.targets is None and part.own.unresolved and name not in leaving:
+            may_go = True  # what it returns may be a Command
+        declared = frozenset(part.spec.ends or ())
+        targets = _targets(declared, part.reading, everywhere if may_go else None)
+        choice = "command" if part.reading.goes_one_way else ""
         found += [Trigger(name, target, kind, choice=choice) for target in targets]
-        handler = getattr(spec, "error_handler_node", None)
-        if handler:
-            found.append(Trigger(name, handler, "conditional"))
+        if targets and name not in leaving and part.reading.may_stay:
+            staying.add(name)
+        if part.guards:
+            found.append(Trigger(part.guards, name, "conditional"))
     known = {START, END, *nodes}
     found = [t for t in found if t.source in known and t.target in known]
-    leaving = {trigger.source for trigger in found}
-    found += [Trigger(name, END, "control") for name in nodes if name not in leaving]
+    handlers = {part.key for part in parts if part.guards}
+    going = {trigger.source for trigger in found if trigger.target not in handlers}
+    found += [Trigger(p.key, END, "control") for p in ordinary if p.key not in going]
+    found += [Trigger(name, END, "conditional", (), "command") for name in sorted(staying)]
     return sorted(set(found), key=lambda t: (t.source, t.target, t.kind, t.join, t.choice))
+
+
+def _targets(
+    declared: frozenset[str],
+    reading: Reading,
+    everywhere: frozenset[str] | None,
+    *,
+    may_go_elsewhere: bool = True,
+) -> frozenset[str]:
+    """Nodes that a branch or a `Command` may lead to.
+
+    Args:
+        declared: what the user declares; it only says what is drawn, so that what the code names
+            counts as well.
+        reading: what the code says.
+        everywhere: where it may go if neither tells; None: nowhere.
+        may_go_elsewhere: whether it can go where it is not declared to go.
+    """
+    if declared:
+        return declared | (reading.named if may_go_elsewhere else frozenset())
+    if reading.targets is not None:
+        return reading.targets
+    return frozenset() if everywhere is None else everywhere
 
 
 def _mentions_inside(found: Findings, seen: frozenset[int] = frozenset()) -> frozenset[str]:

@@ -34,6 +34,8 @@ class Trigger:
     """Triggers of one source with the same choice are alternatives: at most one of them goes."""
     reads: Names = frozenset()
     """Channels that the branch reads, which may send what they hold."""
+    via: str = ""
+    """The agent that decides, where that is the routing function behind START."""
 
     def excludes(self, other: Trigger) -> bool:
         """Whether one run of their source never starts both."""
@@ -442,7 +444,7 @@ class _Flows:
 
     def _known_to(self, scope: Scope, trigger: Trigger) -> list[_Leaf]:
         """Leaves whose output a node in `scope`, or its branch, hands on when it sends."""
-        inside = [leaf for leaf, _ in self._inside(scope, trigger.source)]
+        inside = [leaf for leaf, _ in self._inside(scope, trigger.via or trigger.source)]
         paths = {leaf.path for leaf in inside}
         known = [
             leaf

@@ -1,7 +1,7 @@
 """Which nodes call a model: read from what a node's code holds, without running it.
 
 A node's function, its closure, the globals it names, the object it is bound to and the
-Runnables it is made of are searched for chat models and for other graphs.
+Runnables it is made of are searched for chat models and for other graphs (`search`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,19 @@ from typing import Any
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import Runnable
+from langchain_core.tools import BaseTool
 from langgraph.func import _TaskFunction
 from langgraph.pregel import Pregel
 
+from marft_graph.graph import libraries
+from marft_graph.graph.libraries import LANGCHAIN, package
+from marft_graph.graph.search import Search, codes
+from marft_graph.graph.values import Bound, Known
+
+__all__ = ["Findings", "codes", "graph_name", "inspect_node", "reachable"]
+
 _DEPTH = 6
-_LIBRARIES = ("langchain", "langchain_core", "langgraph")
+_UNNAMED = "LangGraph"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,14 +38,27 @@ class Findings:
     calls_model: bool
     graphs: tuple[Pregel[Any, Any, Any, Any], ...]
     """Graphs that the node can run inside itself."""
-    mentions: frozenset[str]
+    mentions: frozenset[str] = frozenset()
     """Names that the code uses, such as `Command` and `Send`."""
     users_mentions: frozenset[str] = frozenset()
     """The same without the code of LangChain and LangGraph."""
     tasks: Mapping[str, Findings] = dataclasses.field(default_factory=dict)
     """Tasks of the functional API that the code can call, by name."""
+    tools: Mapping[str, Findings] = dataclasses.field(default_factory=dict)
+    """What tools that the code can run hold, by the name that a run gives it."""
     is_opaque: bool = False
     """Whether there is no Python code to read."""
+    unresolved: tuple[str, ...] = ()
+    """Calls in the code of which it does not show what they call."""
+    clients: tuple[str, ...] = ()
+    """Clients of providers that the code can ask past LangChain, such as `openai.OpenAI`."""
+    calls: int = 0
+    """How often one run may ask a model: 0, 1, or 2 for more."""
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether no call of a model can have been missed."""
+        return not self.is_opaque and not self.unresolved
 
 
 def inspect_node(bound: Any) -> Findings:
@@ -46,44 +67,68 @@ def inspect_node(bound: Any) -> Findings:
     Args:
         bound: the node's Runnable (`app.nodes[name].bound`).
     """
-    return _inspect(bound, set())
+    search = Search()
+    calls = search.touch(bound)
+    return _findings(search, calls, frozenset())
 
 
-def _inspect(bound: Any, seen: set[int]) -> Findings:
-    models, graphs, tasks = [], [], {}
-    mentions: set[str] = set()
-    users_mentions: set[str] = set()
-    is_opaque = True
-    for value in reachable(bound, seen):
-        if isinstance(value, BaseChatModel) or _makes_model(value):
-            models.append(value)
-        elif isinstance(value, Pregel):
-            graphs.append(value)
-        elif isinstance(value, _TaskFunction):
-            tasks[value.func.__name__] = _inspect(value.func, set(seen))
-        elif isinstance(value, types.FunctionType):
-            names = {name for code in codes(value.__code__) for name in code.co_names}
-            mentions |= names
-            is_opaque = False
-            if _package(value.__module__) not in _LIBRARIES:
-                users_mentions |= names
+def graph_name(graph: Pregel[Any, Any, Any, Any]) -> str:
+    """The name that a graph was given; empty where it has none of its own."""
+    return "" if graph.name in (_UNNAMED, None) else str(graph.name)
+
+
+def _findings(search: Search, calls: int, above: frozenset[int]) -> Findings:
+    tasks = {}
+    for name, task in search.tasks.items():
+        if id(task) not in above:
+            inner = Search()
+            often = inner.touch(task.func)
+            tasks[name] = _findings(inner, often, above | {id(task)})
+    tools: dict[str, Findings] = {}
+    for tool in search.tools.values():
+        if id(tool) not in above:
+            tools |= _tool(tool, above | {id(tool)})
+    names: dict[bool, set[str]] = {True: set(search.classes), False: set(search.classes)}
+    for function in search.functions:
+        used = {name for code in codes(function.__code__) for name in code.co_names}
+        if any("__parent__" in code.co_consts for code in codes(function.__code__)):
+            used.add("PARENT")
+        names[libraries.is_langchain(function.__module__)] |= used
+    for inside in tools.values():  # what a tool returns, the node that runs it returns
+        names[False] |= inside.users_mentions
+    holds = bool(search.models or search.graphs or search.new_graphs or tasks or tools)
     return Findings(
-        calls_model=bool(models),
-        graphs=tuple(graphs),
-        mentions=frozenset(mentions),
-        users_mentions=frozenset(users_mentions),
+        calls_model=bool(search.models or search.new_graphs),
+        graphs=tuple(search.graphs),
+        mentions=frozenset(names[True] | names[False]),
+        users_mentions=frozenset(names[False]),
         tasks=tasks,
-        is_opaque=is_opaque and not models and not graphs,
+        tools=tools,
+        is_opaque=not search.functions and not holds,
+        unresolved=tuple(search.unresolved),
+        clients=tuple(sorted(search.clients)),
+        calls=calls,
     )
 
 
-def _makes_model(value: Any) -> bool:
-    """Whether calling it makes a chat model: a model's class, or LangChain's `init_chat_model`."""
-    if isinstance(value, type):
-        return issubclass(value, BaseChatModel) and not inspect.isabstract(value)
-    return isinstance(value, types.FunctionType) and (
-        value.__name__ == "init_chat_model" and value.__module__.startswith("langchain")
-    )
+def _tool(tool: BaseTool, above: frozenset[int]) -> dict[str, Findings]:
+    """What a tool runs: what it asks itself by the tool's name, a named graph by its own."""
+    search = Search()
+    calls = 0
+    for name in ("func", "coroutine"):
+        if getattr(tool, name, None) is not None:
+            calls += search.touch(getattr(tool, name))
+    for name in ("_run", "_arun"):
+        method = inspect.getattr_static(type(tool), name)
+        if libraries.is_followed(getattr(method, "__module__", None)):
+            calls += search.use(Bound(method, Known(tool)))
+    found = _findings(search, min(2, calls), above)
+    unnamed = tuple(graph for graph in found.graphs if not graph_name(graph))
+    parts = {tool.name: dataclasses.replace(found, graphs=unnamed, tools={})}
+    for graph in found.graphs:
+        if graph_name(graph):
+            parts[graph_name(graph)] = Findings(calls_model=False, graphs=(graph,), calls=2)
+    return parts | dict(found.tools)
 
 
 def reachable(value: Any, seen: set[int], depth: int = _DEPTH) -> Iterator[Any]:
@@ -132,7 +177,7 @@ def _function_parts(function: types.FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
         except ValueError:  # not filled yet: a name that is assigned later
             continue
-    if _package(function.__module__) in _LIBRARIES:
+    if package(function.__module__) in LANGCHAIN:
         return  # its globals are the library's own business; what a user gave it is in its closure
     for code in codes(function.__code__):
         for instruction in dis.get_instructions(code):
@@ -140,25 +185,13 @@ def _function_parts(function: types.FunctionType) -> Iterator[Any]:
                 yield function.__globals__[instruction.argval]
 
 
-def codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A function's code and that of the functions defined inside it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from codes(constant)
-
-
 def _is_users_object(value: Any) -> bool:
     module = type(value).__module__
     return not (
         inspect.ismodule(value)
         or isinstance(value, type)
-        or _package(module) in (*_LIBRARIES, "builtins", "pydantic", "re")
+        or package(module) in (*LANGCHAIN, "builtins", "pydantic", "re")
     )
-
-
-def _package(module: str | None) -> str:
-    return (module or "").partition(".")[0]
 
 
 def _attributes(value: Any) -> Iterator[Any]:

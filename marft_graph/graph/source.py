@@ -10,24 +10,25 @@ import ast
 import dataclasses
 import functools
 import inspect
-import linecache
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel
-from langchain_core.runnables import RunnableBinding, RunnableSequence, RunnableWithFallbacks
+from langchain_core.runnables import (
+    Runnable,
+    RunnableBinding,
+    RunnableSequence,
+    RunnableWithFallbacks,
+)
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import run_in_executor
 from langgraph.pregel import Pregel
 
 from marft_graph.graph.roles import inspect_node
+from marft_graph.graph.syntax import REPEATING, Function, called, find, own_nodes
+from marft_graph.graph.targets import Targets, plain_locals
 
-Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
-_REPEATING = (
-    *(ast.For, ast.AsyncFor, ast.While, ast.ListComp, ast.SetComp, ast.DictComp),
-    *(ast.GeneratorExp, ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef),
-)
 _CALLS = frozenset({"invoke", "ainvoke"})
 _MAKERS = frozenset(
     {"bind", "bind_tools", "pipe", "with_config", "with_fallbacks", "with_retry"}
@@ -45,8 +46,14 @@ class Reading:
     """Channels that every run writes."""
     targets: frozenset[str] | None = None
     """Nodes that it can go to at most, by `Command` or as a branch; None: any."""
+    named: frozenset[str] = frozenset()
+    """Nodes that it names as targets, also where `targets` is None."""
     goes_one_way: bool = False
     """Whether it goes to one node at a time, and not to several at once."""
+    may_stay: bool = False
+    """Whether it may return without naming a node to go to, as far as that can be read."""
+    may_send_nothing: bool = False
+    """Whether the targets it returns may be an empty list."""
     always_calls: bool = False
     """Whether every run that ends well has called a chat model."""
     calls_once: bool = False
@@ -58,7 +65,10 @@ class Reading:
             _both(self.may_write, other.may_write),
             self.must_write & other.must_write,
             _both(self.targets, other.targets),
+            self.named | other.named,
             self.goes_one_way and other.goes_one_way,
+            self.may_stay or other.may_stay,
+            self.may_send_nothing or other.may_send_nothing,
             self.always_calls and other.always_calls,
             self.calls_once and other.calls_once,
         )
@@ -91,7 +101,8 @@ def _functions(bound: Any) -> list[types.FunctionType]:
         return _functions(bound.__func__)
     if isinstance(bound, types.FunctionType):
         return [bound]
-    held = [_functions(getattr(bound, name)) for name in ("func", "afunc") if hasattr(bound, name)]
+    names = ("func", "afunc") if isinstance(bound, Runnable) else ()
+    held = [_functions(getattr(bound, name)) for name in names if hasattr(bound, name)]
     found = [f for functions in held for f in functions if f is not run_in_executor]
     if found:
         return list(dict.fromkeys(found))
@@ -100,62 +111,27 @@ def _functions(bound: Any) -> list[types.FunctionType]:
 
 
 def _read_function(function: types.FunctionType) -> Reading:
-    tree = _find(function.__code__)
-    if tree is None or inspect.isgeneratorfunction(function):
+    tree = find(function.__code__)
+    yields = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+    if tree is None or yields:
         return Reading()
     names = _names(function)
     returned = list(_returned(tree))
     updates = [_update(value) for value in returned]
-    targets = _Targets(tree, names)
+    targets = Targets(tree, names)
     return Reading(
         may_write=_union(may for may, _ in updates),
         must_write=functools.reduce(frozenset.intersection, (must for _, must in updates))
         if updates
         else frozenset(),  # it only raises
         targets=_union(targets.of(value) for value in returned),
-        goes_one_way=_is_text(tree) or all(map(targets.is_one, returned)),
+        named=targets.named(returned),
+        goes_one_way=all(map(targets.is_one, returned))
+        or (_is_text(tree) and not any(map(targets.is_list, returned))),
+        may_stay=any(map(targets.may_stay, returned)),
+        may_send_nothing=any(map(targets.may_be_empty, returned)),
         always_calls=_always_calls(tree, names),
         calls_once=_calls_once(tree, names),
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _parsed(text: str) -> ast.Module | None:
-    try:
-        return ast.parse(text)
-    except SyntaxError:
-        return None
-
-
-def _find(code: types.CodeType) -> Function | None:
-    """A function's own syntax tree; None where it is not found for certain."""
-    module = _parsed("".join(linecache.getlines(code.co_filename)))
-    if module is None:
-        return None
-    is_lambda = code.co_name == "<lambda>"
-    found: list[Function] = []
-    for node in ast.walk(module):
-        if isinstance(node, ast.Lambda):
-            if is_lambda and _encloses(node, code):
-                found.append(node)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            line = min(n.lineno for n in (node, *node.decorator_list))
-            if node.name == code.co_name and line == code.co_firstlineno:
-                found.append(node)
-    return found[0] if len(found) == 1 else None
-
-
-def _encloses(node: ast.Lambda, code: types.CodeType) -> bool:
-    """Whether a lambda's body is exactly where a code object's instructions come from."""
-    places = [p for p in code.co_positions() if None not in p and p[2:] != (0, 0)]
-    if not places:
-        return False
-    first = min((line, column) for line, _, column, _ in places)
-    last = max((line, column) for _, line, _, column in places)
-    body = node.body
-    return first == (body.lineno, body.col_offset) and last == (
-        body.end_lineno,
-        body.end_col_offset,
     )
 
 
@@ -181,22 +157,11 @@ def _returned(tree: Function) -> Iterator[ast.expr | None]:
     if isinstance(tree, ast.Lambda):
         yield from _alternatives(tree.body)
         return
-    for node in _own_nodes(tree.body):
+    for node in own_nodes(tree.body):
         if isinstance(node, ast.Return):
             yield from _alternatives(node.value)
     if not _always_leaves(tree.body):
         yield None
-
-
-def _own_nodes(body: Sequence[ast.stmt]) -> Iterator[ast.AST]:
-    """Nodes of statements, without those of functions and classes defined there."""
-    waiting: list[ast.AST] = list(body)
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
-            continue
-        yield node
-        waiting += ast.iter_child_nodes(node)
 
 
 def _alternatives(value: ast.expr | None) -> Iterator[ast.expr | None]:
@@ -233,84 +198,12 @@ def _update(value: ast.expr | None) -> tuple[frozenset[str] | None, frozenset[st
         return (named if None not in keys else None), named
     if isinstance(value, ast.Call) and not value.args:
         words = {word.arg: word.value for word in value.keywords}
-        if _called(value) == "Command" and None not in words:
+        if called(value) == "Command" and None not in words:
             return _update(words.get("update"))
-        if _called(value) == "dict" and None not in words:
+        if called(value) == "dict" and None not in words:
             named = frozenset(word for word in words if word is not None)
             return named, named
     return None, nothing
-
-
-class _Targets:
-    """Nodes that returned values lead to."""
-
-    def __init__(self, tree: Function, names: Callable[[str], Any]) -> None:
-        self._names = names
-        self._assigned = _locals(tree)
-
-    def of(self, value: ast.expr | None) -> frozenset[str] | None:
-        """Nodes that a value may lead to; None where it may be any."""
-        if value is None or isinstance(value, ast.Dict):
-            return frozenset()
-        if isinstance(value, ast.Constant):
-            return frozenset() if value.value is None else _text(value.value)
-        if isinstance(value, ast.Name):
-            if value.id in self._assigned:
-                return _union(self.of(known) for known in self._assigned[value.id])
-            return _text(self._names(value.id))
-        if isinstance(value, ast.List | ast.Tuple):
-            return _union(self.of(item) for item in value.elts)
-        if isinstance(value, ast.ListComp):
-            return self.of(value.elt)
-        if isinstance(value, ast.IfExp):
-            return _union(self.of(part) for part in (value.body, value.orelse))
-        if isinstance(value, ast.Call) and _called(value) == "Send" and value.args:
-            return self.of(value.args[0])
-        if isinstance(value, ast.Call) and _called(value) == "Command" and not value.args:
-            words = {word.arg: word.value for word in value.keywords}
-            if None in words or "graph" in words:
-                return None
-            return self.of(words["goto"]) if "goto" in words else frozenset()
-        return None
-
-    def is_one(self, value: ast.expr | None) -> bool:
-        """Whether a value leads to one node at most."""
-        if value is None or isinstance(value, ast.Dict | ast.Constant):
-            return True
-        if isinstance(value, ast.Name):
-            if value.id in self._assigned:
-                return all(self.is_one(known) for known in self._assigned[value.id])
-            return isinstance(self._names(value.id), str)
-        if isinstance(value, ast.IfExp):
-            return self.is_one(value.body) and self.is_one(value.orelse)
-        if isinstance(value, ast.Call) and _called(value) == "Command" and not value.args:
-            words = {word.arg: word.value for word in value.keywords}
-            return None not in words and self.is_one(words.get("goto"))
-        return isinstance(value, ast.Call) and _called(value) == "Send"
-
-
-def _locals(tree: Function) -> dict[str, list[ast.expr]]:
-    """Local names that are only ever given plain values, with all of them."""
-    body = [] if isinstance(tree, ast.Lambda) else tree.body
-    given: dict[str, list[ast.expr]] = {}
-    stores: dict[str, int] = {}
-    for node in _own_nodes(body):
-        if isinstance(node, ast.Assign) and len(node.targets) == 1:
-            if isinstance(node.targets[0], ast.Name):
-                given.setdefault(node.targets[0].id, []).append(node.value)
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
-            given.setdefault(node.target.id, []).append(node.value)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            stores[node.id] = stores.get(node.id, 0) + 1
-    return {
-        name: values
-        for name, values in given.items()
-        if stores[name] == len(values) and not any(_uses(value, given) for value in values)
-    }
-
-
-def _uses(value: ast.expr, names: Mapping[str, Any]) -> bool:
-    return any(isinstance(node, ast.Name) and node.id in names for node in ast.walk(value))
 
 
 def _is_text(tree: Function) -> bool:
@@ -320,19 +213,6 @@ def _is_text(tree: Function) -> bool:
         declared = declared.value
         return isinstance(declared, ast.Name) and declared.id == "Literal"
     return isinstance(declared, ast.Name) and declared.id == "str"
-
-
-def _text(value: Any) -> frozenset[str] | None:
-    return frozenset({value}) if isinstance(value, str) else None
-
-
-def _called(call: ast.Call) -> str:
-    function = call.func
-    if isinstance(function, ast.Subscript):  # Command[Literal["next"]](...)
-        function = function.value
-    if isinstance(function, ast.Attribute):
-        return function.attr
-    return function.id if isinstance(function, ast.Name) else ""
 
 
 def _always_calls(tree: Function, names: Callable[[str], Any]) -> bool:
@@ -353,7 +233,7 @@ def _block_calls(
         block = statement.body if isinstance(statement, ast.With | ast.AsyncWith) else ()
         if _block_calls(block, names, assigned):
             return True
-        inside = list(_own_nodes([statement]))
+        inside = list(own_nodes([statement]))
         if any(isinstance(node, ast.Return) for node in inside):
             return False
         for node in inside:
@@ -416,7 +296,11 @@ def _calls_once(tree: Function, names: Callable[[str], Any]) -> bool:
     body = [tree.body] if isinstance(tree, ast.Lambda) else tree.body
     places = [place for node in body for place in _names_in(node, is_repeated=False)]
     calling = [(name, is_repeated) for name, is_repeated in places if _can_call(names(name))]
-    assigned = {name: values[0] for name, values in _locals(tree).items() if len(values) == 1}
+    assigned = {
+        name: values[0]
+        for name, values in plain_locals(tree, unchanged=False).items()
+        if len(values) == 1
+    }
     seen = [
         node
         for part in body
@@ -438,7 +322,7 @@ def _names_in(node: ast.AST, *, is_repeated: bool) -> Iterator[tuple[str, bool]]
         yield node.id, is_repeated
     if isinstance(node, ast.Attribute) and node.attr in ("batch", "abatch", "with_retry"):
         is_repeated = True
-    inside = is_repeated or isinstance(node, _REPEATING)
+    inside = is_repeated or isinstance(node, REPEATING)
     for child in ast.iter_child_nodes(node):
         yield from _names_in(child, is_repeated=inside)
 

@@ -1,0 +1,92 @@
+"""What an expression in a node's code can stand for, as far as it shows without a run."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from marft_graph.graph.evaluate import Frame
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """An object that exists already, such as a global or what a closure holds."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Known) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Made:
+    """An instance that the code makes of a class."""
+
+    kind: type
+    attributes: dict[str, list[Value]] = field(default_factory=dict)
+    """What its methods assign to `self`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A function with the object that it is a method of."""
+
+    function: Any
+    owner: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method, by name, of an object whose code is not followed, such as a model's `invoke`."""
+
+    owner: Value
+    name: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Items:
+    """A list, dict or iterator of values."""
+
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Closure:
+    """A function that is defined inside the code."""
+
+    tree: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+    frame: Frame
+
+
+@dataclass(frozen=True, slots=True)
+class NewGraph:
+    """A graph that the code makes, such as by `create_agent`; its name, if it gets one."""
+
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """What `super()` stands for."""
+
+    owner: Value
+    kind: type
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A value whose methods call no chat model: texts, numbers, what other libraries make."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What a function was given and nothing is known of: the state, the config."""
+
+
+Value = Known | Made | Bound | Method | Items | Closure | NewGraph | Parent | Plain | Data
+PLAIN, DATA = Plain(), Data()
