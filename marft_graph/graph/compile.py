@@ -148,11 +148,16 @@ class _Compiler:
             return
         if found.calls_model:
             node.path = agent_path(node.path)
-        elif not found.is_certain:
+        elif not found.is_certain and not found.clients:
             self.unread.add(node.path)
         self.graph.add_node(node.path, role="agent" if found.calls_model else "environment")
+        about = self.graph.nodes[node.path]
         if node.always_calls:
-            self.graph.nodes[node.path]["always_calls"] = True
+            about["always_calls"] = True
+        if found.clients:
+            about["clients"] = list(found.clients)
+        if found.unresolved and not found.calls_model:
+            about["unresolved"] = list(found.unresolved[:3])
 
     def _carry(self, node: Node, use: StateUse) -> None:
         """Note on an agent what it passes on besides its model's answers."""

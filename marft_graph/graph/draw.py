@@ -29,7 +29,8 @@ def summary(flex_mg: FlexMG) -> str:
     """A readable summary for the terminal: agents, what each observes, loops, warnings."""
     agents = flex_mg.agents
     width = max((len(agent) for agent in agents), default=0)
-    lines = [_count(len(agents), "agent") + f", {_count(len(flex_mg.environment), 'other node')}"]
+    others = len(flex_mg.order) - len(agents) - len(flex_mg.frozen)
+    lines = [_count(len(agents), "agent") + f", {_count(others, 'other node')}"]
     for agent in agents:
         calls = flex_mg.graph.nodes[agent].get("calls")
         often = "" if calls is None else f"  ({calls:g} calls a run)"
@@ -40,7 +41,13 @@ def summary(flex_mg: FlexMG) -> str:
         lines.append(f"frozen (call a model, not trained): {', '.join(flex_mg.frozen)}")
     if flex_mg.environment:
         lines.append(f"environment (call no model): {_listed(flex_mg.environment)}")
-    lines += [f"loop: {' -> '.join([*loop, loop[0]])}" for loop in flex_mg.loops]
+    doubtful = [node for node in flex_mg.uncertain if node not in (*agents, *flex_mg.frozen)]
+    if doubtful:
+        lines.append(f"no model found in their code, not all of it known: {_listed(doubtful)}")
+    cycles = flex_mg.cycles
+    lines += [f"loop: {' -> '.join([*cycle, cycle[0]])}" for cycle in cycles[:_SHOWN]]
+    if len(cycles) > _SHOWN:
+        lines.append(f"and {_count(len(cycles) - _SHOWN, 'more loop')}")
     lines += [f"parallel: {', '.join(group)}" for group in flex_mg.parallel_groups]
     if flex_mg.fan_outs:
         lines.append(f"side by side with itself (Send): {', '.join(flex_mg.fan_outs)}")
@@ -75,18 +82,51 @@ def warnings(flex_mg: FlexMG) -> list[str]:
     control = flex_mg.control
     reachable = nx.descendants(control, START)
     influential = nx.ancestors(flex_mg.data, END)
+    deciding = {a for a, _, kind in flex_mg.control_edges if kind != "control"}
     found = [
         f"{node} can never run" for node in flex_mg.graph if node not in {START, END} | reachable
     ]
     found += [
         f"{agent} never influences the output"
         for agent in flex_mg.agents
-        if agent in reachable and agent not in influential
+        if agent in reachable and agent not in influential | deciding
     ]
-    found += [f"the code of {node} could not be read" for node in flex_mg.uncertain]
+    for node in flex_mg.uncertain:
+        if flex_mg.graph.nodes.get(node, {}).get("role", "environment") == "environment":
+            found.append(_doubt(flex_mg, node))
+    for node in flex_mg.unseen:
+        for client in flex_mg.graph.nodes[node]["clients"]:
+            found.append(f"{node} {_asks(client)}: its calls are neither seen nor trained")
     if not flex_mg.agents:
         found.append("no node calls a chat model, so there is nothing to train")
     return sorted(found)
+
+
+def role_of(flex_mg: FlexMG, node: str) -> str:
+    """What a node is, in words: `agent`, `calls no model`, ..."""
+    role = str(flex_mg.graph.nodes[node]["role"])
+    if role in ("agent", "frozen"):
+        return "agent" if role == "agent" else "agent, not trained"
+    if node in flex_mg.unseen:
+        return "asks a provider past LangChain"
+    return "no model found in its code" if node in flex_mg.uncertain else "calls no model"
+
+
+def _doubt(flex_mg: FlexMG, node: str) -> str:
+    unknown = flex_mg.graph.nodes.get(node, {}).get("unresolved")
+    if not unknown:
+        return f"the code of {node} could not be read"
+    return (
+        f"{node} may call a model: its code does not show what {unknown[0]} is; a dry run shows it"
+    )
+
+
+def _asks(client: str) -> str:
+    if client.startswith("address "):
+        return f"asks the {client}"
+    last = client.rpartition(".")[2]
+    article = "an" if client[0] in "aeiou" else "a"
+    return f"holds {article} {client} client" if last[:1].isupper() else f"calls {client}"
 
 
 def to_mermaid(flex_mg: FlexMG) -> str:

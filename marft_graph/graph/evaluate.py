@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from marft_graph.graph.search import Search
 
 Thunk = Callable[[], list[Value]]
-_MOST, _ROUNDS = 24, 8
+_MOST = 40
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -97,7 +97,7 @@ class Frame:
             return self._outside(name)
         found = list(self._bound.get(name, ()))
         self._known[name] = found  # what is known so far, where a name is assigned from itself
-        for _ in range(_ROUNDS):
+        for _ in range(_MOST):
             before = len(found)
             for thunk in self._assigned.get(name, ()):
                 found[:] = _distinct([*found, *thunk()])
@@ -171,7 +171,8 @@ class Frame:
             return self.search.parent(self._outside("__class__"), self._first_parameter())
         if isinstance(node.func, ast.Name) and node.func.id == "globals":
             return self.search.namespace(self._outside("__globals__"))
-        place = f"{ast.unparse(node.func)} ({self.file}, line {node.lineno})"
+        file = self.file.rpartition("/")[2]
+        place = f"{ast.unparse(node.func)} ({file}, line {node.lineno})"
         found: list[Value] = []
         total = 0
         for callee in self.value(node.func):

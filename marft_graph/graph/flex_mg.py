@@ -47,7 +47,7 @@ class FlexMG:
 
     graph: nx.MultiDiGraph[str]
     uncertain: tuple[str, ...] = ()
-    """Nodes whose code could not be read, so that a call of a model may have been missed."""
+    """Nodes in whose code no model was found, but which call what their code does not show."""
     notes: tuple[str, ...] = ()
     """What a dry run found worth saying."""
 
@@ -63,8 +63,14 @@ class FlexMG:
 
     @functools.cached_property
     def environment(self) -> tuple[str, ...]:
-        """Nodes that call no model."""
-        return self._with_role("environment")
+        """Nodes that call no model, as far as their code says for certain."""
+        doubtful = {*self.uncertain, *self.unseen}
+        return tuple(node for node in self._with_role("environment") if node not in doubtful)
+
+    @functools.cached_property
+    def unseen(self) -> tuple[str, ...]:
+        """Nodes that can ask a provider past LangChain: such calls are neither seen nor trained."""
+        return tuple(node for node in self.order if self.graph.nodes[node].get("clients"))
 
     @functools.cached_property
     def loops(self) -> tuple[tuple[str, ...], ...]:
@@ -77,6 +83,30 @@ class FlexMG:
             if len(component) > 1 or any(control.has_edge(n, n) for n in component)
         ]
         return tuple(sorted(found, key=lambda loop: order[loop[0]]))
+
+    @functools.cached_property
+    def cycles(self) -> tuple[tuple[str, ...], ...]:
+        """Ways along edges from a node back to itself, the shortest first.
+
+        For every edge that is part of a loop there is one; a graph may have many more.
+        """
+        control = self.control
+        place = {node: number for number, node in enumerate(self.order)}
+        found: dict[frozenset[tuple[str, str]], tuple[str, ...]] = {}
+        for loop in self.loops:
+            inside = control.subgraph(loop)
+            edges = sorted(inside.edges, key=lambda edge: (place[edge[0]], place[edge[1]]))
+            left = dict.fromkeys(edges)
+            while left:
+                a, b = next(iter(left))
+                way = nx.shortest_path(inside, b, a)
+                first = way.index(min(way, key=lambda node: place[node]))
+                cycle = (*way[first:], *way[:first])
+                steps = list(zip(cycle, (*cycle[1:], cycle[0]), strict=True))
+                found.setdefault(frozenset(steps), cycle)
+                for step in steps:
+                    left.pop(step, None)
+        return tuple(sorted(found.values(), key=lambda c: (len(c), [place[node] for node in c])))
 
     @functools.cached_property
     def parallel_groups(self) -> tuple[tuple[str, ...], ...]:
@@ -284,7 +314,9 @@ class FlexMG:
             "agents": list(agents),
             "frozen": list(self.frozen),
             "environment": list(self.environment),
+            "unseen": list(self.unseen),
             "loops": [list(loop) for loop in self.loops],
+            "cycles": [list(cycle) for cycle in self.cycles],
             "parallel_groups": [list(group) for group in self.parallel_groups],
             "dependency": {i: {j: self.dependency(i, j) for j in agents} for i in agents},
             "hash": self.hash,
@@ -444,7 +476,7 @@ def resolve_nodes(
     if not flex_mg.agents and not (found_before and names):
         raise GraphError(
             "no node of the graph calls a chat model, so there is nothing to train; nodes are "
-            f"{', '.join(flex_mg.environment) or 'none'}"
+            f"{', '.join(flex_mg.order) or 'none'}"
         )
     for name in names:
         around = [name[:end] for end, char in enumerate(name) if char == "/"]

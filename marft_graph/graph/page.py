@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from marft_graph.graph.draw import summary
+from marft_graph.graph.draw import role_of, summary
 from marft_graph.graph.flex_mg import EVIDENCE, FlexMG
 from marft_graph.graph.picture import to_svg
 
@@ -103,13 +103,13 @@ def _about(flex_mg: FlexMG, node: str, overlay: Overlay | None) -> dict[str, Any
             observes.append({"agent": agent, "dependency": known, "why": why})
         elif agent != node and explain_never:
             never.append({"agent": agent, "why": flex_mg.explain(node, agent)})
-    role = str(flex_mg.graph.nodes[node]["role"])
+
     calls = flex_mg.graph.nodes[node].get("calls")
     facts = list(overlay.facts) if overlay else []
     if calls is not None:
         facts.append(("calls in a dry run", f"{calls:g}"))
     return {
-        "role": {"agent": "agent", "frozen": "agent, not trained"}.get(role, "calls no model"),
+        "role": role_of(flex_mg, node),
         "observes": observes,
         "observed_by": [a for a in flex_mg.agents if flex_mg.dependency(a, node) != "never"],
         "never": never,

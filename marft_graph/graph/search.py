@@ -47,6 +47,7 @@ from marft_graph.graph.values import (
     Value,
 )
 
+_MISSING = object()
 _FRAMES, _DEPTH, _OBJECTS = 3000, 40, 20000
 _Called = tuple[list[Value], int]
 _MAKERS = frozenset(
@@ -152,7 +153,8 @@ class Search:
         if isinstance(held, type):
             return self._touch_class(held)
         if isinstance(held, types.FunctionType):
-            return self.call(Known(held), [], {}, "", are_known=False)[1]
+            values, calls = self.call(Known(held), [], {}, "", are_known=False)
+            return min(2, calls + self._use_all(v for v in values if _is_run(v)))
         if isinstance(held, types.MethodType | functools.partial) or _wrapped(held) is not None:
             return self.call(Known(held), [], {}, "", are_known=False)[1]
         if isinstance(held, list | tuple | set | frozenset):
@@ -223,8 +225,8 @@ class Search:
                 if not libraries.is_followed(kind.__module__):
                     return [PLAIN], 0
                 found = list(value.attributes.get(name, ()))
-                held = inspect.getattr_static(kind, name, None)
-                if held is None:
+                held = inspect.getattr_static(kind, name, _MISSING)
+                if held is _MISSING:
                     return (
                         found or [DATA if issubclass(kind, BaseModel) else Method(value, name)]
                     ), 0
@@ -244,20 +246,22 @@ class Search:
         if isinstance(held, type):
             if held.__module__ == "builtins":
                 return [PLAIN], 0
-            member = inspect.getattr_static(held, name, None)
-            return self._of_class(member, value, held) or [Method(value, name)], 0
+            member = inspect.getattr_static(held, name, _MISSING)
+            if member is _MISSING:
+                return [*self._stored.get((id(held), name), []), Method(value, name)], 0
+            return self._of_class(member, value, held), 0
         stored = self._stored.get((id(held), name), [])
         own = getattr(held, "__dict__", None)
         if isinstance(own, dict) and name in own:
             return [Known(own[name]), *stored], 0
-        member = inspect.getattr_static(type(held), name, None)
+        member = inspect.getattr_static(type(held), name, _MISSING)
         if isinstance(member, types.MemberDescriptorType):  # a slot
             try:
                 return [Known(member.__get__(held)), *stored], 0
             except AttributeError:
                 return [*stored, DATA], 0
         module = type(held).__module__
-        if member is None or not libraries.is_followed(module):
+        if member is _MISSING or not libraries.is_followed(module):
             return [*stored, Method(value, name)], 0
         made, calls = self._member(member, value, type(held))
         return [*stored, *made], calls
@@ -286,8 +290,6 @@ class Search:
         return self._of_class(held, owner, kind), 0
 
     def _of_class(self, held: Any, owner: Value, kind: type) -> list[Value]:
-        if held is None:
-            return []
         if isinstance(held, staticmethod):
             return [Known(held.__func__)]
         if isinstance(held, classmethod):
@@ -455,8 +457,9 @@ class Search:
                     *given,
                 ], calls
             if isinstance(held, contextvars.ContextVar):
-                now = held.get(None)
-                return [DATA, *([Known(now)] if now is not None else [])], 0
+                with contextlib.suppress(LookupError):
+                    return [DATA, Known(held.get())], 0
+                return [DATA], 0
             if held is None:  # filled by other code before this runs
                 self._unresolve(place)
                 return [DATA], self._use_all(given)
@@ -594,7 +597,7 @@ class Search:
             made.attributes[name] = list(values)
         calls = 0
         maker = inspect.getattr_static(kind, "__init__", None)
-        if isinstance(maker, types.FunctionType) and libraries.is_followed(maker.__module__):
+        if isinstance(maker, types.FunctionType) and libraries.is_followed(_module(maker)):
             calls = self.call(Bound(maker, made), places, words, f"{kind.__name__}()")[1]
         elif places:  # a dataclass, a named tuple
             names = list(inspect.get_annotations(kind))
@@ -618,7 +621,7 @@ class Search:
         words: Mapping[str, list[Value]],
         are_known: bool,
     ) -> _Called:
-        module = function.__module__
+        module = _module(function)
         given = [v for values in (*places, *words.values()) for v in values]
         if function not in self.functions:
             self.functions.append(function)
@@ -655,7 +658,7 @@ class Search:
         self, function: types.FunctionType, given: list[Value], are_known: bool
     ) -> _Called:
         """A function of Python's own library, or of one that knows no chat models."""
-        module, name = function.__module__, function.__name__
+        module, name = _module(function), function.__name__
         if module == "importlib" and name == "import_module":
             names = [v.value for v in given if isinstance(v, Known)]
             known = [Known(sys.modules[n]) for n in names if n in sys.modules]
@@ -668,7 +671,7 @@ class Search:
                 held.append(cell.cell_contents)
         results: list[Value] = []
         for part in held:
-            if isinstance(part, types.FunctionType) and libraries.is_followed(part.__module__):
+            if isinstance(part, types.FunctionType) and libraries.is_followed(_module(part)):
                 values, often = self.call(Known(part), [[v] for v in given], {}, name)
                 results += values  # `contextmanager`, `wraps` and their like
                 calls += often
@@ -824,6 +827,11 @@ def codes(code: types.CodeType) -> Iterable[types.CodeType]:
             yield from codes(constant)
 
 
+def _module(function: types.FunctionType) -> str:
+    """The module of a function's code; what wraps a function claims to be in that one's."""
+    return str(function.__globals__.get("__name__", ""))
+
+
 def _defaults(function: types.FunctionType) -> dict[str, Any]:
     code = function.__code__
     names = code.co_varnames[: code.co_argcount]
@@ -842,6 +850,15 @@ def _wrapped(held: Any) -> Any:
     if inner is None:
         inner = getattr(held, "__dict__", {}).get("__wrapped__")
     return inner if isinstance(inner, types.FunctionType) else None
+
+
+def _is_run(value: Value) -> bool:
+    """Whether LangChain runs a value that a function returns: a chain, a model."""
+    if isinstance(value, Made):
+        return issubclass(value.kind, Runnable)
+    return isinstance(value, NewGraph) or (
+        isinstance(value, Known) and isinstance(value.value, Runnable)
+    )
 
 
 def _is_code(held: Any) -> bool:

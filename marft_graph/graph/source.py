@@ -329,7 +329,7 @@ def _names_in(node: ast.AST, *, is_repeated: bool) -> Iterator[tuple[str, bool]]
 
 def _can_call(value: Any) -> bool:
     found = inspect_node(value)
-    return found.calls_model or bool(found.graphs) or bool(found.tasks)
+    return any((found.calls_model, found.graphs, found.tasks, found.tools, found.unresolved))
 
 
 def _is_one_call(value: Any) -> bool:

@@ -22,6 +22,8 @@ from langgraph.pregel import Pregel
 
 from marft_graph.graph import source
 from marft_graph.graph.channels import input_channels
+from marft_graph.graph.syntax import called, find
+from marft_graph.graph.targets import plain_locals
 
 ALL = "*"
 """Stands for every channel of the state."""
@@ -129,7 +131,7 @@ def _read(function: types.FunctionType, place: int) -> StateUse:
 
 
 def _body(function: types.FunctionType, place: int, depth: int = _DEPTH) -> _Body | None:
-    tree = source._find(function.__code__)
+    tree = find(function.__code__)
     if tree is None or depth < 0:
         return None
     arguments = [*tree.args.posonlyargs, *tree.args.args]
@@ -525,7 +527,9 @@ class _Body:
         return any(value is not None and self._made_of(value, held) for value in returned)
 
     def _plain(self) -> dict[str, ast.expr]:
-        return {n: v[0] for n, v in source._locals(self._tree).items() if len(v) == 1}
+        return {
+            n: v[0] for n, v in plain_locals(self._tree, unchanged=False).items() if len(v) == 1
+        }
 
 
 def _update(value: ast.expr | None) -> dict[str, ast.expr] | None:
@@ -538,9 +542,9 @@ def _update(value: ast.expr | None) -> dict[str, ast.expr] | None:
             return dict(zip(map(str, keys), value.values, strict=True))
     if isinstance(value, ast.Call) and not value.args:
         words = {word.arg: word.value for word in value.keywords}
-        if None not in words and source._called(value) == "Command":
+        if None not in words and called(value) == "Command":
             return _update(words.get("update"))
-        if None not in words and source._called(value) == "dict":
+        if None not in words and called(value) == "dict":
             return {str(word): written for word, written in words.items()}
     return None
 
