@@ -396,6 +396,10 @@ def _triggers(app: App, parts: list[_Part], nodes: dict[str, Node]) -> list[Trig
             found.append(Trigger(part.guards, name, "conditional"))
     known = {START, END, *nodes}
     found = [t for t in found if t.source in known and t.target in known]
+    found = [  # whatever else a node sends, to END it sends nothing
+        dataclasses.replace(t, kind="conditional") if (t.target, t.kind) == (END, "fan_out") else t
+        for t in found
+    ]
     handlers = {part.key for part in parts if part.guards}
     going = {trigger.source for trigger in found if trigger.target not in handlers}
     found += [Trigger(p.key, END, "control") for p in ordinary if p.key not in going]

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from marft_graph.graph.syntax import REPEATING, Function, own_nodes
-from marft_graph.graph.values import DATA, PLAIN, Closure, Items, Known, Value
+from marft_graph.graph.values import DATA, PLAIN, Closure, Known, Value, collection
 
 if TYPE_CHECKING:
     from marft_graph.graph.search import Search
 
 Thunk = Callable[[], list[Value]]
-_MOST = 40
+_MOST, _ROUNDS = 40, 16
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -74,7 +74,7 @@ class Frame:
             if isinstance(node, ast.Yield | ast.YieldFrom) and node.value is not None:
                 values = self.value(node.value)
                 yielded += values if isinstance(node, ast.Yield) else self.items(values)
-        return _distinct([*found, *([Items(tuple(yielded))] if yielded else [])])
+        return _distinct([*found, *([collection(yielded)] if yielded else [])])
 
     @property
     def total(self) -> int:
@@ -97,7 +97,7 @@ class Frame:
             return self._outside(name)
         found = list(self._bound.get(name, ()))
         self._known[name] = found  # what is known so far, where a name is assigned from itself
-        for _ in range(_MOST):
+        for _ in range(_ROUNDS):
             before = len(found)
             for thunk in self._assigned.get(name, ()):
                 found[:] = _distinct([*found, *thunk()])
@@ -132,18 +132,18 @@ class Frame:
         if isinstance(node, ast.Lambda):
             return [Closure(node, self)]
         if isinstance(node, ast.List | ast.Tuple | ast.Set):
-            return [Items(tuple(v for part in node.elts for v in self._element(part)))]
+            return [collection(v for part in node.elts for v in self._element(part))]
         if isinstance(node, ast.Dict):
             for name in node.keys:
                 self.value(name)
-            return [Items(tuple(v for part in node.values for v in self.value(part)))]
+            return [collection(v for part in node.values for v in self.value(part))]
         if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp):
             self._run_generators(node.generators)
-            return [Items(tuple(self.value(node.elt)))]
+            return [collection(self.value(node.elt))]
         if isinstance(node, ast.DictComp):
             self._run_generators(node.generators)
             self.value(node.key)
-            return [Items(tuple(self.value(node.value)))]
+            return [collection(self.value(node.value))]
         for child in _expressions(node):
             self.value(child)
         return [DATA] if isinstance(node, ast.Yield | ast.YieldFrom) else [PLAIN]
@@ -349,9 +349,9 @@ def parameters(
     rest = [v for values in places[len(names) :] for v in values]
     others = [v for name, values in words.items() if name not in bound for v in values]
     if tree.args.vararg is not None:
-        bound[tree.args.vararg.arg] = [Items(tuple(rest))]
+        bound[tree.args.vararg.arg] = [collection(rest)]
     if tree.args.kwarg is not None:
-        bound[tree.args.kwarg.arg] = [Items(tuple(others))]
+        bound[tree.args.kwarg.arg] = [collection(others)]
     after = zip(names[::-1], tree.args.defaults[::-1], strict=False)
     keywords = zip(only, tree.args.kw_defaults, strict=True)
     for name, default in (*after, *keywords):

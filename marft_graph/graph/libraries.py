@@ -18,6 +18,12 @@ _PROVIDERS = frozenset(
     | {"fireworks", "cerebras", "aisuite", "portkey_ai", "llama_cpp", "vllm", "botocore", "boto3"}
 )
 _PROVIDER_MODULES = ("google.genai", "google.generativeai", "huggingface_hub", "azure.ai.inference")
+_LEAVES = frozenset(
+    {"langsmith", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "aiohttp", "pydantic"}
+    | {"torch", "transformers", "datasets", "numpy", "pandas", "trl", "peft", "tenacity", "idna"}
+    | {"tiktoken", "marft_graph", "sqlalchemy", "fastapi", "starlette", "typing_extensions"}
+)
+"""Packages that call no chat model of their own accord."""
 _FOLLOWED = frozenset({"langgraph_supervisor", "langgraph_swarm", "langgraph_reflection"})
 
 
@@ -52,7 +58,7 @@ def is_followed(module: str | None) -> bool:
     """Whether code of this module is read: the user's, and packages that know chat models."""
     if is_langchain(module) or is_python(module) or is_provider(module):
         return False
-    return _knows_models(package(module))
+    return package(module) not in _LEAVES and _knows_models(package(module))
 
 
 @functools.lru_cache(maxsize=256)
@@ -70,12 +76,13 @@ def _knows_models(name: str) -> bool:
 
 
 def _refers(value: Any) -> bool:
-    if isinstance(value, types.ModuleType):
+    kind = type(value)  # not isinstance: some objects warn when they are asked what they are
+    if kind is types.ModuleType:
         name: Any = value.__name__
-    elif isinstance(value, type | types.FunctionType):
+    elif kind is types.FunctionType or issubclass(kind, type):
         name = value.__module__
     else:
-        name = type(value).__module__
+        name = kind.__module__
     return isinstance(name, str) and (is_langchain(name) or is_provider(name))
 
 

@@ -14,6 +14,7 @@ import functools
 import inspect
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -45,10 +46,11 @@ from marft_graph.graph.values import (
     Parent,
     Plain,
     Value,
+    collection,
 )
 
 _MISSING = object()
-_FRAMES, _DEPTH, _OBJECTS = 3000, 40, 20000
+_FRAMES, _DEPTH, _OBJECTS, _CONTEXTS = 1500, 40, 20000, 8
 _Called = tuple[list[Value], int]
 _MAKERS = frozenset(
     {"bind", "bind_tools", "pipe", "with_config", "with_fallbacks", "with_retry", "assign", "pick"}
@@ -94,6 +96,7 @@ class Search:
         self._seen: dict[int, tuple[Any, int]] = {}
         self._memo: dict[Any, _Called] = {}
         self._stored: dict[tuple[int, str], list[Value]] = {}
+        self._contexts: Counter[types.CodeType] = Counter()
         self._frames = 0
         self._depth = 0
 
@@ -104,8 +107,13 @@ class Search:
         match value:
             case Known(held):
                 return self.touch(held)
-            case Made(kind):
-                return self._use_made(value, kind)
+            case Made(kind, attributes):
+                known = self._seen.get(id(attributes))
+                if known is None:
+                    self._seen[id(attributes)] = attributes, 0
+                    known = attributes, self._use_made(value, kind)
+                    self._seen[id(attributes)] = known
+                return known[1]
             case Bound() | Closure():
                 return self.call(value, [], {}, "", are_known=False)[1]
             case Method(owner, _):
@@ -391,9 +399,11 @@ class Search:
     def store(self, owner: Value, name: str, values: list[Value]) -> None:
         """The code assigns an attribute."""
         if isinstance(owner, Made):
-            owner.attributes.setdefault(name, []).extend(values)
+            held = owner.attributes.setdefault(name, [])
+            held += [value for value in values if value not in held]
         elif isinstance(owner, Known):
-            self._stored.setdefault((id(owner.value), name), []).extend(values)
+            held = self._stored.setdefault((id(owner.value), name), [])
+            held += [value for value in values if value not in held]
 
     # Calls
 
@@ -453,7 +463,7 @@ class Search:
                 calls = self._use_all(given)
                 return [
                     *self.item(owner, None),
-                    Items(tuple(self.item(owner, None))),
+                    collection(self.item(owner, None)),
                     *given,
                 ], calls
             if isinstance(held, contextvars.ContextVar):
@@ -531,7 +541,7 @@ class Search:
                 for f in places[0]
                 for v in self.call(f, [self._all_items(places[1:])], {}, place)[0]
             ]
-            return [Items(tuple(results))], calls
+            return [collection(results)], calls
         if any(held is looked for looked in _LOOKED_AT):
             return [PLAIN], 0
         if held in (eval, exec, __import__):
@@ -578,7 +588,7 @@ class Search:
         if kind in (list, tuple, set, frozenset, dict, enumerate, zip, reversed, map, filter):
             if kind in (map, filter):
                 return self._mapped(places)
-            return [Items(tuple(self._all_items(places)) + tuple(given))], 0
+            return [collection([*self._all_items(places), *given])], 0
         if kind in _LOOKED_AT or kind.__module__ == "builtins":
             return [PLAIN], 0
         if issubclass(kind, functools.partial) and places:
@@ -612,7 +622,7 @@ class Search:
             values, calls = self.call(function, arguments, {}, "map")
             results += values
             total = 2 if calls or total else 0
-        return [Items(tuple(results))], total
+        return [collection(results)], total
 
     def _call_function(
         self,
@@ -703,8 +713,12 @@ class Search:
             else tuple(map(tuple, places[:1])),
             tuple((name, tuple(values)) for name, values in words.items()),
         )
+        if key not in self._memo and self._contexts[function.__code__] >= _CONTEXTS:
+            places, words = places[:1], {}  # called in too many ways to tell them apart
+            key = (function.__code__, id(function), (), ())
         if key in self._memo:
             return self._memo[key]
+        self._contexts[function.__code__] += 1
         self._memo[key] = [], 0
         if self._frames > _FRAMES or self._depth > _DEPTH:
             self._unresolve(f"{function.__qualname__}: more code than is looked at")

@@ -22,7 +22,7 @@ from langgraph.pregel import Pregel
 
 from marft_graph.graph import source
 from marft_graph.graph.channels import input_channels
-from marft_graph.graph.syntax import called, find
+from marft_graph.graph.syntax import Function, called, find
 from marft_graph.graph.targets import plain_locals
 
 ALL = "*"
@@ -165,7 +165,7 @@ class _Body:
 
     def __init__(
         self,
-        tree: source.Function,
+        tree: Function,
         state: str,
         names: Callable[[str], Any],
         texts: Mapping[str, str],

@@ -179,6 +179,7 @@ class Targets:
         return None
 
 
+@functools.lru_cache(maxsize=256)
 def plain_locals(tree: Function, *, unchanged: bool = True) -> dict[str, list[ast.expr]]:
     """Local names that are only ever given plain values, with all of them.
 

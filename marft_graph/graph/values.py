@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +49,13 @@ class Method:
     name: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Items:
-    """A list, dict or iterator of values."""
+    """A list, dict or iterator of values; made by `collection`."""
 
     values: tuple[Value, ...]
+    depth: int = 1
+    """How many collections are in each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +93,17 @@ class Data:
 
 Value = Known | Made | Bound | Method | Items | Closure | NewGraph | Parent | Plain | Data
 PLAIN, DATA = Plain(), Data()
+
+_MOST, _DEEPEST = 40, 3
+
+
+def collection(values: Iterable[Value]) -> Items:
+    """Values as a collection; what is nested deeply counts as if it were not."""
+    parts: dict[Value, None] = {}
+    for value in values:
+        if isinstance(value, Items) and value.depth >= _DEEPEST:
+            parts.update(dict.fromkeys(value.values))
+        else:
+            parts[value] = None
+    kept = tuple(parts)[:_MOST]
+    return Items(kept, 1 + max((v.depth for v in kept if isinstance(v, Items)), default=0))
