@@ -10,19 +10,66 @@ import re
 
 _PLAIN = re.compile(r"[A-Za-z0-9_]")
 _PREBUILT_INNER = frozenset({"agent", "model"})
+_HANDLER = "__error_handler__"
+_SHARED_HANDLER = "__default_error_handler__"
+_HANDLES = "error_handler"
+_UNNAMED_GRAPHS = frozenset({"", "LangGraph"}) | _PREBUILT_INNER
 
 
 def node_path(checkpoint_ns: str) -> str:
     """Node path of a LangGraph checkpoint namespace.
 
     Task ids, and the counters of subgraphs invoked several times in a node, are not part of an
-    agent's identity.
+    agent's identity. An error handler runs inside the task that failed.
 
     >>> node_path("supervisor:1f-a|tools:2b-c|1|researcher:3d-e")
     'supervisor/tools/researcher'
+    >>> node_path("team:1f-a|writer:2b-c|__error_handler__writer:3d-e")
+    'team/writer/error_handler'
+    >>> node_path("team:1f-a|writer:2b-c|__default_error_handler__:3d-e")
+    'team/error_handler'
     """
-    parts = (part.partition(":")[0] for part in checkpoint_ns.split("|"))
-    return "/".join(part for part in parts if part and not part.isdigit())
+    path: list[str] = []
+    for part in checkpoint_ns.split("|"):
+        name = part.partition(":")[0]
+        if not name or name.isdigit():
+            continue
+        if name.startswith((_HANDLER, _SHARED_HANDLER)):
+            del path[-1:]
+        path.append(vertex_name(name))
+    return "/".join(path)
+
+
+def vertex_name(node: str) -> str:
+    """A node of a compiled graph as paths name it: error handlers by the node that they handle.
+
+    >>> vertex_name("__error_handler__writer"), vertex_name("__default_error_handler__")
+    ('writer/error_handler', 'error_handler')
+    """
+    if node == _SHARED_HANDLER:
+        return _HANDLES
+    return f"{node.removeprefix(_HANDLER)}/{_HANDLES}" if node.startswith(_HANDLER) else node
+
+
+def inner_path(path: str, *, graph: str = "", tool: str = "") -> str:
+    """Where something stands that a node's code runs: the path that its own nodes are added to.
+
+    A graph with a name of its own is named by it, unless the node is; in a tool, other graphs and
+    models that are asked directly are named by the tool. A node that *is* a graph is no such case:
+    its nodes follow the node's own name.
+
+    Args:
+        path: of the node.
+        graph: name of the compiled graph that it runs, where it runs one.
+        tool: name of the tool that runs it, where a tool does.
+
+    >>> inner_path("tools", graph="math_agent", tool="ask_math"), inner_path("tools", tool="ask")
+    ('tools/math_agent', 'tools/ask')
+    >>> inner_path("writer", graph="writer"), inner_path("team", graph="LangGraph")
+    ('writer', 'team')
+    """
+    name = tool if graph in _UNNAMED_GRAPHS else graph
+    return path if not name or name == path.rpartition("/")[2] else f"{path}/{name}"
 
 
 def agent_path(path: str) -> str:
@@ -33,15 +80,6 @@ def agent_path(path: str) -> str:
     """
     parent, _, last = path.rpartition("/")
     return parent if parent and last in _PREBUILT_INNER else path
-
-
-def error_handler_path(node: str) -> str:
-    """Node path of what handles the errors of a node, as runs name it.
-
-    >>> error_handler_path("writer")
-    'writer/__error_handler__'
-    """
-    return f"{node}/__error_handler__"
 
 
 def adapter_name(path: str) -> str:

@@ -26,10 +26,10 @@ from marft_graph.graph.channels import (
 )
 from marft_graph.graph.dataflow import Node, Scope, Trigger, flows
 from marft_graph.graph.flex_mg import END, START, FlexMG
-from marft_graph.graph.roles import Findings, inspect_node
+from marft_graph.graph.roles import Findings, graph_name, inspect_node
 from marft_graph.graph.source import Reading, read_source
 from marft_graph.graph.state_use import ALL, StateUse, state_use
-from marft_graph.names import agent_path, error_handler_path
+from marft_graph.names import agent_path, inner_path, vertex_name
 
 App = Pregel[Any, Any, Any, Any]
 
@@ -135,12 +135,11 @@ class _Compiler:
 
     def _fill(self, node: Node, found: Findings, above: frozenset[int]) -> None:
         """Add what runs inside a node, and the node itself where it is a vertex."""
-        prefix = f"{node.path}/"
         inside = [graph for graph in found.graphs if id(graph) not in above]
-        node.inner = [self.scope(graph, prefix, above) for graph in inside]
+        node.inner = [self.scope(g, f"{_inner(node, g)}/", above) for g in inside]
         for parts in (found.tasks, found.tools):
             if parts:
-                node.inner.append(self._inside(parts, prefix, above))
+                node.inner.append(self._inside(parts, node.path, above))
         node.inner = [scope for scope in node.inner if scope.nodes]
         node.is_graph = node.is_graph and bool(node.inner)
         node.is_visible = found.calls_model or not node.inner
@@ -166,14 +165,14 @@ class _Compiler:
             carries = {name: sorted(made_of) for name, made_of in sorted(known.items()) if made_of}
             self.graph.nodes[node.path]["carries"] = carries
 
-    def _inside(self, parts: Mapping[str, Findings], prefix: str, above: frozenset[int]) -> Scope:
+    def _inside(self, parts: Mapping[str, Findings], path: str, above: frozenset[int]) -> Scope:
         """Tasks of the functional API, or tools, that a node's code can call, in any order."""
         nodes = {}
         for name, inner in parts.items():
             if not _holds_agent(inner):
                 continue
             node = nodes[name] = Node(
-                path=prefix + name,
+                path=inner_path(path, tool=name),
                 reads=frozenset({"input"}),
                 may_write=frozenset({"result"}),
                 must_write=frozenset(),
@@ -222,6 +221,11 @@ def _stronger(*kinds: str) -> str:
     return max(kinds, key=("control", "conditional", "fan_out").index)
 
 
+def _inner(node: Node, graph: App) -> str:
+    """The path that the nodes of a graph inside a node follow."""
+    return node.path if node.is_graph else inner_path(node.path, graph=graph_name(graph))
+
+
 def _holds_agent(found: Findings) -> bool:
     inner = [*found.tasks.values(), *found.tools.values()]
     return found.calls_model or bool(found.graphs) or any(map(_holds_agent, inner))
@@ -246,8 +250,8 @@ class _Part:
     """Conditional edges that ask a model."""
     spec: Any = None
     """What the builder knows of the node."""
-    guards: str = ""
-    """The node whose errors it handles."""
+    guards: tuple[str, ...] = ()
+    """Nodes whose errors it handles."""
 
 
 def _parts_of(app: App) -> list[_Part]:
@@ -267,10 +271,8 @@ def _parts_of(app: App) -> list[_Part]:
         if builder is None or not getattr(spec, "is_error_handler", False):
             found.append(part)
             continue
-        guarded = [n for n, other in builder.nodes.items() if _handler(other) == name]
-        for node in guarded:  # one handler may stand behind several nodes
-            key, path = f"{name}:{node}", error_handler_path(node)
-            found.append(dataclasses.replace(part, key=key, path=path, guards=node))
+        guarded = tuple(n for n, other in builder.nodes.items() if _handler(other) == name)
+        found.append(dataclasses.replace(part, path=vertex_name(name), guards=guarded))
     for label, branch in (builder.branches.get(START, {}) if builder is not None else {}).items():
         asks = inspect_node(branch.path)
         if _holds_agent(asks) and label not in app.nodes:
@@ -392,8 +394,7 @@ def _triggers(app: App, parts: list[_Part], nodes: dict[str, Node]) -> list[Trig
         found += [Trigger(name, target, kind, choice=choice) for target in targets]
         if targets and name not in leaving and part.reading.may_stay:
             staying.add(name)
-        if part.guards:
-            found.append(Trigger(part.guards, name, "conditional"))
+        found += [Trigger(guarded, name, "conditional") for guarded in part.guards]
     known = {START, END, *nodes}
     found = [t for t in found if t.source in known and t.target in known]
     found = [  # whatever else a node sends, to END it sends nothing

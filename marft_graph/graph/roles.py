@@ -24,11 +24,11 @@ from marft_graph.graph import libraries
 from marft_graph.graph.libraries import LANGCHAIN, package
 from marft_graph.graph.search import Search, codes
 from marft_graph.graph.values import Bound, Known
+from marft_graph.names import inner_path
 
 __all__ = ["Findings", "codes", "graph_name", "inspect_node", "reachable"]
 
 _DEPTH = 6
-_UNNAMED = "LangGraph"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def inspect_node(bound: Any) -> Findings:
 
 def graph_name(graph: Pregel[Any, Any, Any, Any]) -> str:
     """The name that a graph was given; empty where it has none of its own."""
-    return "" if graph.name in (_UNNAMED, None) else str(graph.name)
+    return inner_path("", graph=str(graph.name or "")).removeprefix("/")
 
 
 def _findings(search: Search, calls: int, above: frozenset[int]) -> Findings:
@@ -96,9 +96,12 @@ def _findings(search: Search, calls: int, above: frozenset[int]) -> Findings:
         names[libraries.is_langchain(function.__module__)] |= used
     for inside in tools.values():  # what a tool returns, the node that runs it returns
         names[False] |= inside.users_mentions
+    for name in search.new_graphs:
+        if name:
+            tools[name] = Findings(calls_model=True, graphs=(), calls=2)
     holds = bool(search.models or search.graphs or search.new_graphs or tasks or tools)
     return Findings(
-        calls_model=bool(search.models or search.new_graphs),
+        calls_model=bool(search.models) or "" in search.new_graphs,
         graphs=tuple(search.graphs),
         mentions=frozenset(names[True] | names[False]),
         users_mentions=frozenset(names[False]),

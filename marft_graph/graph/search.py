@@ -24,6 +24,7 @@ from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langgraph.func import _TaskFunction
+from langgraph.graph import StateGraph
 from langgraph.pregel import Pregel
 from langgraph.store.base import BaseStore
 from langgraph.types import Command, Send
@@ -48,6 +49,7 @@ from marft_graph.graph.values import (
     Value,
     collection,
 )
+from marft_graph.names import inner_path
 
 _MISSING = object()
 _FRAMES, _DEPTH, _OBJECTS, _CONTEXTS = 1500, 40, 20000, 8
@@ -57,10 +59,7 @@ _MAKERS = frozenset(
     | {"with_structured_output", "with_types", "with_listeners", "configurable_fields", "map"}
     | {"configurable_alternatives", "copy", "model_copy", "with_alisteners", "as_tool"}
 )
-_GRAPH_MAKERS = frozenset(
-    {"create_agent", "create_react_agent", "create_supervisor", "create_swarm"}
-    | {"create_deep_agent", "create_reflection_graph"}
-)
+_GRAPH_MAKERS = frozenset({"create_agent", "create_react_agent"})
 _MODEL_MAKERS = frozenset({"init_chat_model", "init_chat_model_helper"})
 _CONFIGURABLE = "_ConfigurableModel"  # what `init_chat_model(configurable_fields=...)` returns
 _LOOKED_AT = (isinstance, issubclass, hasattr, len, type, id, repr, str, print, bool, callable)
@@ -477,6 +476,11 @@ class Search:
                 return [PLAIN], self._use_all(given)
         if isinstance(owner, Items):
             return [*owner.values, *given, owner], self._use_all(given)
+        kind = getattr(owner, "kind", None)
+        if isinstance(kind, type) and issubclass(kind, StateGraph):
+            if name == "compile":
+                self._unresolve(f"{place} of a graph that the code makes")
+            return [owner], 0
         if name in _MAKERS:
             return [owner, *(value for value in given if not self._is_tools(value))], 0
         calls = self._use_all([owner, *given])
@@ -646,7 +650,8 @@ class Search:
             return [Made(BaseChatModel)], 0
         if function.__name__ in _GRAPH_MAKERS:
             names = [v.value for v in words.get("name", ()) if isinstance(v, Known)]
-            return [NewGraph(str(names[0] or "") if names else "")], 0
+            name = inner_path("", graph=str(names[0] or "") if names else "")
+            return [NewGraph(name.removeprefix("/"))], 0
         held = self._held_by(function)
         is_method = bool(places) and places[0] != [] and isinstance(places[0][0], Known | Made)
         if is_method and not held and isinstance(places[0][0], Known):

@@ -22,7 +22,7 @@ class State(TypedDict, total=False):
 
 def hidden(state: State) -> Any:
     """Reaches its model in a way that no reading of code finds."""
-    return {"a": importlib.import_module("tests.apps").model.invoke(state["q"]).text}
+    return {"a": importlib.import_module(".".join(("tests", "apps"))).model.invoke(state["q"]).text}
 
 
 def shown(state: State) -> Any:
