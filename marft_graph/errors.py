@@ -15,6 +15,7 @@
     ├── EpisodeTimeoutError   an episode or a call ran past its deadline            (TimeoutError)
     ├── EngineError           an engine stopped or cannot answer                    (RuntimeError)
     │   └── CallTimeoutError  a model call was not answered within its time         (TimeoutError)
+    ├── UndecidedCallError    a node asks a model and is neither trained nor frozen (LookupError)
     ├── DistributedError      another of the processes that train together failed   (RuntimeError)
     ├── CheckpointError       a checkpoint or run folder cannot be used             (RuntimeError)
     ├── ExportError           an export folder cannot be written or read            (RuntimeError)
@@ -87,6 +88,15 @@ class EngineError(MarftError, RuntimeError):
 
 class CallTimeoutError(EngineError, TimeoutError):
     """An engine did not answer a model call within the call's own time."""
+
+
+class UndecidedCallError(MarftError, LookupError):
+    """A node asks its own model, and nobody decided whether it is trained or frozen."""
+
+    def __init__(self, message: str, agent: str = "") -> None:
+        super().__init__(message)
+        self.agent = agent
+        """Agent path of the node; empty outside every node."""
 
 
 class DistributedError(MarftError, RuntimeError):

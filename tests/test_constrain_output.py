@@ -21,7 +21,7 @@ from marft_graph.errors import ConfigError
 from marft_graph.evaluation import evaluate_export
 from marft_graph.policy.adapters import Policy
 from marft_graph.rollout.answers import request_for
-from marft_graph.rollout.intercept import InterceptedCall
+from marft_graph.rollout.responder import InterceptedCall
 from marft_graph.run.trajectories import read_traces
 from tests.apps import Move, duo, mover
 from tests.support import make_agents

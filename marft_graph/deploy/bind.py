@@ -32,8 +32,9 @@ from marft_graph.names import agent_path
 from marft_graph.policy.devices import check_device
 from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.rollout.answers import message_for, prompt_of, request_for
-from marft_graph.rollout.intercept import InterceptedCall, Pending, Responder, intercepting
+from marft_graph.rollout.intercept import intercepting
 from marft_graph.rollout.recorder import stable_seed
+from marft_graph.rollout.responder import InterceptedCall, Pending, Responder
 from marft_graph.rollout.settings import check_at_least
 from marft_graph.rollout.structure import raise_as_own_model
 

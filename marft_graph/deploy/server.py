@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from marft_graph.deploy.manifest import Manifest
 from marft_graph.errors import ConfigError
 from marft_graph.names import agent_path
-from marft_graph.rollout.intercept import Delegate, InterceptedCall, Responder
+from marft_graph.rollout.responder import Delegate, InterceptedCall, Responder
 from marft_graph.rollout.structure import schema_of, told
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from marft_graph.engine.base import (
 from marft_graph.errors import ConfigError, PromptTooLongError
 from marft_graph.policy.tool_formats import fresh_id
 from marft_graph.rollout.asked import reason_in_words_of, usage_in_words_of, warn_once
-from marft_graph.rollout.intercept import InterceptedCall
+from marft_graph.rollout.responder import InterceptedCall
 from marft_graph.rollout.structure import schema_of, structured_answer, told
 
 _NO_PLACE_FOR_TOOLS = (

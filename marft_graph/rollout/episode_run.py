@@ -16,15 +16,22 @@ from langgraph.pregel import Pregel
 
 from marft_graph.engine.base import Engine
 from marft_graph.episode import Call, Episode, Failure, Reward
-from marft_graph.errors import CallTimeoutError, EpisodeTimeoutError, RewardError
-from marft_graph.names import adapter_name, agent_path
+from marft_graph.errors import (
+    CallTimeoutError,
+    EpisodeTimeoutError,
+    RewardError,
+    UndecidedCallError,
+)
+from marft_graph.names import agent_path
+from marft_graph.rollout.decisions import Decisions
 from marft_graph.rollout.emit import shares
-from marft_graph.rollout.intercept import RUN_KEY, intercepting
+from marft_graph.rollout.intercept import intercepting
 from marft_graph.rollout.labels import Labels
 from marft_graph.rollout.quiescence import Quiescence
 from marft_graph.rollout.reads import recording_reads
 from marft_graph.rollout.recorder import EpisodeRecorder, RecordedCall, TaskWatch, readable
 from marft_graph.rollout.rewards import shown
+from marft_graph.rollout.scopes import RUN_KEY
 from marft_graph.rollout.settings import RolloutSettings
 from marft_graph.rollout.structure import FAULT_NAMES, failure_of
 from marft_graph.rollout.trace import CallMark, Event, GraphShape, is_last_attempt, trace_episode
@@ -52,17 +59,8 @@ class Shared:
     shape: GraphShape
     engine: Engine | None
     labels: Labels
-    trained: frozenset[str]
-    """Agent paths; empty: every node that calls a model."""
-    adapters: Mapping[str, str]
+    decisions: Decisions
     settings: RolloutSettings
-
-    def agent_of(self, node: str) -> str | None:
-        """Adapter of a node path, if the node is trained."""
-        agent = agent_path(node)
-        if self.trained and agent not in self.trained:
-            return None
-        return self.adapters.get(agent, adapter_name(agent))
 
 
 class EpisodeRun:
@@ -76,7 +74,7 @@ class EpisodeRun:
         self._watch = TaskWatch()
         self._recorder = EpisodeRecorder(
             shared.engine,
-            shared.agent_of,
+            shared.decisions,
             self._watch,
             quiescence,
             seed=plan.seed,
@@ -143,6 +141,7 @@ class EpisodeRun:
 
         Raises:
             RewardError: a node emitted what is no reward.
+            UndecidedCallError: a node asked a model, and nobody had decided who answers it.
         """
         status, error, earned = self._outcome()
         ended_by = self._recorder.fatal or self._error
@@ -194,6 +193,9 @@ class EpisodeRun:
     def _outcome(self) -> tuple[str, str, float]:
         """Status, error and what an error that is the policy's own fault earns."""
         error = self._error
+        undecided = self._recorder.fatal or error
+        if isinstance(undecided, UndecidedCallError):
+            raise undecided
         if isinstance(self._recorder.fatal, RewardError):
             raise RewardError(f"{self._recorder.fatal}, on example {shown(self._plan.example)}")
         if isinstance(error, EpisodeTimeoutError):

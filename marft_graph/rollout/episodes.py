@@ -19,8 +19,10 @@ from marft_graph.errors import EpisodeTimeoutError, RewardError
 from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
 from marft_graph.names import agent_path
+from marft_graph.rollout.callsite import CallSite
 from marft_graph.rollout.cancellation import Cancellation
 from marft_graph.rollout.collector import fewer_collections
+from marft_graph.rollout.decisions import Decisions
 from marft_graph.rollout.episode_run import (
     EpisodeRun,
     Plan,
@@ -34,6 +36,7 @@ from marft_graph.rollout.process_loop import Blocked, process_loop
 from marft_graph.rollout.quiescence import Quiescence
 from marft_graph.rollout.recorder import stable_seed
 from marft_graph.rollout.rewards import RewardCalls, Rewards, as_reward_function
+from marft_graph.rollout.scopes import outside_runs
 from marft_graph.rollout.settings import RolloutSettings, check_at_least
 from marft_graph.rollout.trace import GraphShape
 
@@ -57,6 +60,8 @@ class Rollout:
         adapters: Mapping[str, str],
         given: AppInputs,
         settings: RolloutSettings,
+        frozen: Sequence[str] = (),
+        on_new_node: Callable[[CallSite], None] | None = None,
         on_episode: Callable[[Episode], None] | None = None,
         cancellation: Cancellation | None = None,
     ) -> None:
@@ -71,8 +76,14 @@ class Rollout:
             shape=GraphShape.of(app),
             engine=engine,
             labels=labels_of(app, self._reward) if given.inputs is None else Labels(),
-            trained=_trained(app, nodes),
-            adapters=adapters,
+            decisions=Decisions(
+                app,
+                trained=_trained(app, nodes),
+                adapters=adapters,
+                frozen=frozen,
+                new_nodes=settings.new_nodes,
+                on_new_node=on_new_node,
+            ),
             settings=settings,
         )
 
@@ -132,7 +143,8 @@ class Rollout:
             async with places:
                 episode = await self._episode(plan, quiescence, rewards)
             if self._on_episode is not None:
-                self._on_episode(episode)
+                with outside_runs():
+                    self._on_episode(episode)
             return episode
 
         episodes = [asyncio.ensure_future(one(plan)) for plan in plans]

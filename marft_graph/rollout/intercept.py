@@ -1,22 +1,21 @@
 """Answering an app's chat-model calls without changing the app.
 
 The only module that touches LangChain's private names. While a run is active, the lowest common
-methods of `BaseChatModel` ask whether the call comes from a graph node that the run's `Responder`
-answers for; every other call goes to the original. It knows neither engines nor episodes.
+methods of `BaseChatModel` ask whether the call comes from a graph node that a run's `Responder`
+answers for; of every other call the runs around it are told (`own_models`) before the original is
+asked. Which node that is, `scopes` knows. It knows neither engines nor episodes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-import dataclasses
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from typing import Any
 
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import (
@@ -26,15 +25,22 @@ from langchain_core.messages import (
     message_chunk_to_message,
 )
 from langchain_core.outputs import ChatGeneration, ChatResult
-from langchain_core.runnables.config import RunnableConfig, ensure_config, var_child_runnable_config
+from langchain_core.runnables.config import RunnableConfig, ensure_config
 
 from marft_graph.errors import ConfigError, EpisodeTimeoutError
-from marft_graph.names import node_path
-from marft_graph.rollout import streaming
-from marft_graph.rollout.asked import REASON_KEYS, Asked, asked_for, what_is_asked
-
-RUN_KEY = "marft_run"
-"""Key of the run's id in a config's metadata; calls that lost their context are found by it."""
+from marft_graph.rollout import own_models, scopes, streaming
+from marft_graph.rollout.asked import REASON_KEYS, asked_for, what_is_asked
+from marft_graph.rollout.own_models import pass_on, refuse_late
+from marft_graph.rollout.responder import Delegate, InterceptedCall, Pending, Responder
+from marft_graph.rollout.scopes import (
+    RUN_KEY,
+    Place,
+    Run,
+    active_runs,
+    in_run,
+    known_metadata,
+    places,
+)
 
 PATCHED_NAMES = (
     "generate",
@@ -49,111 +55,10 @@ PATCHED_NAMES = (
 """What is replaced on `BaseChatModel` while a run is active."""
 
 
-@dataclass(frozen=True, slots=True)
-class InterceptedCall:
-    """One chat-model call of a graph node, with what the app asked for."""
-
-    agent: str
-    """Adapter that is to answer, as `Responder.agent_for` named it."""
-    node: str
-    """Node path, without task ids."""
-    namespace: str
-    """LangGraph's checkpoint namespace: node names and task ids from the root down."""
-    step: int
-    """Superstep of the innermost graph."""
-    path: tuple[Any, ...]
-    """LangGraph's path of the task: tells tasks of one node in one superstep apart."""
-    messages: tuple[BaseMessage, ...]
-    tools: tuple[dict[str, Any], ...] = ()
-    """Tool schemas in OpenAI form."""
-    tool_choice: Any = None
-    """Which tool the app asks for, in OpenAI form."""
-    response_format: Any = None
-    """A pydantic class or a JSON schema dict, where structured output is asked for that way."""
-    asked: Asked = dataclasses.field(default_factory=Asked)
-    """What else the app wants of the answer, and in whose words."""
-    stop: tuple[str, ...] = ()
-    max_tokens: int | None = None
-    temperature: float | None = None
-    model_name: str = ""
-    """What the app calls its own model."""
-
-    @property
-    def task_id(self) -> str:
-        """Id of the LangGraph task that makes the call."""
-        named = [part for part in self.namespace.split("|") if not part.isdigit()]
-        return named[-1].rpartition(":")[2]
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """An answer on its way: `finish` turns the future's result into the message, in the caller."""
-
-    future: Future[Any]
-    finish: Callable[[Any], AIMessage]
-
-
-@dataclass(frozen=True, slots=True)
-class Delegate:
-    """A chat model that makes the call by LangChain's own means, streaming included."""
-
-    model: BaseChatModel | None = None
-    """None: the app's own model, asked exactly as the app asks it."""
-    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What another model is asked with: tools, limits and the like in its own terms."""
-    messages: Sequence[BaseMessage] | None = None
-    """What another model is asked, where that is not what the app's own would be asked."""
-    answered: Callable[[AIMessage], None] | None = None
-    """Told the whole answer."""
-    replaces: Callable[[Exception], bool] | None = None
-    """Whether the app's own model is to answer after the other one raised this."""
-
-
-class Responder(Protocol):
-    """Who answers the calls of a run. Inherit from it to get the defaults."""
-
-    @property
-    def delegates(self) -> bool:
-        """Whether `respond` names a chat model, whose answers may be streamed as they come."""
-        return False
-
-    def agent_for(self, node: str) -> str | None:
-        """Adapter that answers for a node path; None: the node keeps its own model."""
-        ...
-
-    def respond(self, call: InterceptedCall) -> Pending | Delegate:
-        """Begin to answer a call; called in whatever thread the app calls from."""
-        ...
-
-    def passed(self, node: str) -> None:
-        """Told of each call that the app's own model answers, as `agent_for` named nobody."""
-        return
-
-    def seconds_left(self) -> float | None:
-        """How long a call may still wait; None: for ever."""
-        return None
-
-    def blocked_on(self, future: Future[Any]) -> AbstractContextManager[None]:
-        """Entered while a thread waits for `future`."""
-        return nullcontext()
-
-    def credit(self, namespace: str, amount: float) -> None:
-        """Take a reward that a task emits while it runs; by default nobody wants it."""
-        return
-
-
-@dataclass(slots=True)
-class _Run:
-    responder: Responder
-    is_active: bool = True
-
-
-_current: contextvars.ContextVar[_Run | None] = contextvars.ContextVar("marft_run", default=None)
 # Set while a delegate's model runs: what it calls on its way is no call of the app's.
 _is_delegated: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "marft_delegate", default=False
 )
-_runs: dict[str, _Run] = {}
 _originals: dict[str, Any] = {}
 _lock = threading.Lock()
 
@@ -167,21 +72,18 @@ def intercepting(responder: Responder, *, context: bool = True) -> Iterator[dict
     items, says `context=False` and is known by that metadata alone. LangChain is back as it was
     once the last run has ended.
     """
-    run_id, run = uuid.uuid4().hex, _Run(responder)
+    run_id, run = uuid.uuid4().hex, Run(responder)
     with _lock:
-        if not _runs:
+        if not active_runs():
             _install()
-        _runs[run_id] = run
-    token = _current.set(run) if context else None
+        scope = in_run(run_id, run, context=context)
+        scope.__enter__()
     try:
         yield {RUN_KEY: run_id}
     finally:
-        if token is not None:
-            _current.reset(token)
-        run.is_active = False
         with _lock:
-            del _runs[run_id]
-            if not _runs:
+            scope.__exit__(None, None, None)
+            if not active_runs():
                 _restore()
 
 
@@ -200,61 +102,50 @@ def _install() -> None:
         _originals[name] = BaseChatModel.__dict__[name]
     for name, replacement in replacements.items():
         setattr(BaseChatModel, name, replacement)
+    own_models.follow()
+    scopes.follow()
 
 
 def _restore() -> None:
     # The originals stay known: a call that is inside a replacement now still needs them.
     for name in PATCHED_NAMES:
         setattr(BaseChatModel, name, _originals[name])
+    own_models.leave()
+    scopes.leave()
 
 
-# Which run and node a call belongs to
-
-
-def _route(metadata: Mapping[str, Any] | None) -> tuple[_Run, Mapping[str, Any], str] | None:
-    """The run, metadata and adapter of a call; None where its own model shall answer."""
-    found = None if _is_delegated.get() else _find(metadata)
-    if found is None:
-        return None
-    run, known = found
-    agent = run.responder.agent_for(node_path(known["langgraph_checkpoint_ns"]))
-    return None if agent is None else (run, known, agent)
-
-
-def _tell_passed(metadata: Mapping[str, Any] | None) -> None:
-    """Tell the run of a call of one of its nodes that goes to the app's own model."""
-    found = None if _is_delegated.get() else _find(metadata)
-    if found is not None and found[0].is_active:
-        found[0].responder.passed(node_path(found[1]["langgraph_checkpoint_ns"]))
-
-
-def _find(metadata: Mapping[str, Any] | None) -> tuple[_Run, Mapping[str, Any]] | None:
-    """The run and metadata of the running node; None outside."""
-    inherited = (var_child_runnable_config.get() or {}).get("metadata") or {}
-    known = {**inherited, **(metadata or {})}
-    # An explicit config tells more than a context, which a long-lived thread may have kept.
-    run = _runs.get(known.get(RUN_KEY, "")) or _current.get()
-    if run is None or not known.get("langgraph_checkpoint_ns"):
-        return None
-    return run, known
+# Who answers a call
 
 
 def running_task() -> tuple[Responder, str] | None:
     """The run that the calling code is part of and its task's namespace; None outside a node.
 
+    Of several runs around it the outermost one: episodes are rewarded, bound apps are not.
+
     Raises:
         EpisodeTimeoutError: the run has ended.
     """
-    found = _find(None)
-    if found is None:
+    found = places(None)
+    if not found:
         return None
-    run, known = found
-    namespace = known["langgraph_checkpoint_ns"]
-    if not run.is_active:
-        raise EpisodeTimeoutError(
-            f"node {node_path(namespace)!r} emitted a reward after its run had ended"
-        )
-    return run.responder, namespace
+    place = found[-1]
+    if not place.run.is_active:
+        raise EpisodeTimeoutError(f"node {place.node!r} emitted a reward after its run had ended")
+    return place.run.responder, place.namespace
+
+
+def _route(metadata: Mapping[str, Any] | None) -> tuple[Place, str] | None:
+    """The place of a call and the adapter that answers it; None where its own model does.
+
+    Of several runs around a call the innermost one with an adapter answers.
+    """
+    if _is_delegated.get():
+        return None
+    for place in places(metadata):
+        agent = place.run.responder.agent_for(place.node)
+        if agent is not None and (place.run.is_active or place.run.responder.is_strict):
+            return place, agent
+    return None
 
 
 def _begin(
@@ -263,32 +154,30 @@ def _begin(
     stop: Sequence[str] | None,
     metadata: Mapping[str, Any] | None,
     kwargs: Mapping[str, Any],
-) -> tuple[_Run, Pending | Delegate] | None:
+) -> tuple[Run, Pending | Delegate] | None:
     routed = _route(metadata)
     if routed is None:
-        _tell_passed(metadata)
+        if not _is_delegated.get():
+            pass_on(type(model).__name__, metadata)
         return None
-    run, known, agent = routed
-    if not run.is_active:
-        raise EpisodeTimeoutError(
-            f"node {node_path(known['langgraph_checkpoint_ns'])!r} called its model after its run "
-            "had ended"
-        )
-    return run, run.responder.respond(_read_call(model, messages, stop, known, agent, kwargs))
+    place, agent = routed
+    refuse_late(place)
+    call = _read_call(model, messages, stop, place, known_metadata(metadata), agent, kwargs)
+    return place.run, place.run.responder.respond(call)
 
 
 def _read_call(
     model: BaseChatModel,
     messages: Sequence[BaseMessage],
     stop: Sequence[str] | None,
+    place: Place,
     metadata: Mapping[str, Any],
     agent: str,
     kwargs: Mapping[str, Any],
 ) -> InterceptedCall:
-    namespace = metadata["langgraph_checkpoint_ns"]
     if (kwargs.get("n") or getattr(model, "n", None) or 1) > 1:
         raise ConfigError(
-            f"node {node_path(namespace)!r} asks its model for n > 1 answers; trained nodes sample "
+            f"node {place.node!r} asks its model for n > 1 answers; trained nodes sample "
             "one answer a call (use batch for several)"
         )
     given = {name: value for name, value in kwargs.items() if value is not None}
@@ -296,11 +185,11 @@ def _read_call(
     stops = stop or given.get("stop") or own.get("ls_stop") or getattr(model, "stop", None) or ()
     limit = given.get("max_completion_tokens") or given.get("max_tokens")
     temperature = given.get("temperature", own.get("ls_temperature"))
-    tools, choice, structure, asked = what_is_asked(model, given, node_path(namespace))
+    tools, choice, structure, asked = what_is_asked(model, given, place.node)
     return InterceptedCall(
         agent=agent,
-        node=node_path(namespace),
-        namespace=namespace,
+        node=place.node,
+        namespace=place.namespace,
         step=int(metadata.get("langgraph_step", 0)),
         path=tuple(metadata.get("langgraph_path", ())),
         messages=tuple(messages),
@@ -318,7 +207,7 @@ def _read_call(
 # Waiting for the answer
 
 
-def _wait(run: _Run, pending: Pending) -> AIMessage:
+def _wait(run: Run, pending: Pending) -> AIMessage:
     try:
         with run.responder.blocked_on(pending.future):
             outcome = pending.future.result(run.responder.seconds_left())
@@ -332,7 +221,7 @@ def _wait(run: _Run, pending: Pending) -> AIMessage:
     return pending.finish(outcome)
 
 
-async def _await(run: _Run, pending: Pending) -> AIMessage:
+async def _await(run: Run, pending: Pending) -> AIMessage:
     waiting = asyncio.wrap_future(pending.future)
     try:
         outcome = await asyncio.wait_for(waiting, run.responder.seconds_left())
@@ -553,7 +442,7 @@ def _streams(
 ) -> streaming.Answering:
     """The model as one that streams what the run answers, to a call with these arguments."""
 
-    def begin(messages: Any, stop: Any, kwargs: Mapping[str, Any]) -> tuple[_Run, Pending]:
+    def begin(messages: Any, stop: Any, kwargs: Mapping[str, Any]) -> tuple[Run, Pending]:
         with asked_for(called_with):
             begun = _begin(model, messages, stop, metadata, kwargs)
         if begun is None or isinstance(begun[1], Delegate):
@@ -581,11 +470,11 @@ def _stream(
     routed = _route(metadata)
     if (
         routed is None
-        or not routed[0].responder.delegates
+        or not routed[0].run.responder.delegates
         or not self._should_stream(async_api=False, **{**kwargs, "stream": True})
     ):  # a model that cannot stream is invoked, and found again there
         if routed is None and self._should_stream(async_api=False, **{**kwargs, "stream": True}):
-            _tell_passed(metadata)
+            pass_on(type(self).__name__, metadata)
         model = self if routed is None else _streams(self, metadata, kwargs)
         yield from _originals["stream"](model, input, config, stop=stop, **kwargs)
         return
@@ -606,11 +495,11 @@ async def _astream(
     routed = _route(metadata)
     if (
         routed is None
-        or not routed[0].responder.delegates
+        or not routed[0].run.responder.delegates
         or not self._should_stream(async_api=True, **{**kwargs, "stream": True})
     ):
         if routed is None and self._should_stream(async_api=True, **{**kwargs, "stream": True}):
-            _tell_passed(metadata)
+            pass_on(type(self).__name__, metadata)
         model = self if routed is None else _streams(self, metadata, kwargs)
         async for chunk in _originals["astream"](model, input, config, stop=stop, **kwargs):
             yield chunk

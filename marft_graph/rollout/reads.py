@@ -32,7 +32,7 @@ from langgraph.pregel import Pregel, _runner
 from langgraph.types import Command, PregelExecutableTask, Send
 
 from marft_graph.graph.channels import collects
-from marft_graph.rollout.intercept import RUN_KEY
+from marft_graph.rollout.scopes import RUN_KEY
 from marft_graph.rollout.views import (
     Note,
     StateView,

@@ -12,7 +12,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,15 +29,24 @@ from marft_graph.engine.base import (
     SamplingSettings,
 )
 from marft_graph.episode import SetAside
-from marft_graph.errors import EngineError, EpisodeTimeoutError, MarftError, RewardError
+from marft_graph.errors import (
+    EngineError,
+    EpisodeTimeoutError,
+    MarftError,
+    RewardError,
+    UndecidedCallError,
+)
 from marft_graph.names import node_path
 from marft_graph.rollout.answers import message_for, prompt_of, request_for
 from marft_graph.rollout.asked import CUT_OFF, REASON_KEYS
+from marft_graph.rollout.callsite import CallSite
+from marft_graph.rollout.decisions import Decisions
 from marft_graph.rollout.emit import Emitted
-from marft_graph.rollout.intercept import Delegate, InterceptedCall, Pending, Responder
 from marft_graph.rollout.quiescence import Quiescence
 from marft_graph.rollout.reads import ReadLog
+from marft_graph.rollout.responder import Delegate, InterceptedCall, Pending, Responder
 from marft_graph.rollout.rewards import finite_number
+from marft_graph.rollout.scopes import whole_namespace
 from marft_graph.rollout.settings import RolloutSettings
 from marft_graph.rollout.structure import problem_of, raise_as_own_model, told
 
@@ -112,7 +121,7 @@ class TaskWatch(BaseCallbackHandler):
     ) -> None:
         """Count a task's attempt when its outermost run begins."""
         known = metadata or {}
-        namespace = known.get("langgraph_checkpoint_ns", "")
+        namespace = whole_namespace(known)
         with self._lock:
             above = self._namespaces.get(parent_run_id, "") if parent_run_id else ""
             self._namespaces[run_id] = namespace
@@ -177,7 +186,7 @@ class EpisodeRecorder(Responder):
 
     Args:
         engine: None: the app's own models answer, and their calls are kept without token ids.
-        agent_of: node path to adapter name; None: the node keeps its own model.
+        decisions: who answers which node.
         order: where the episode stands among all (example, group), for the engine's batches.
         settings: of the rollout.
     """
@@ -185,7 +194,7 @@ class EpisodeRecorder(Responder):
     def __init__(
         self,
         engine: Engine | None,
-        agent_of: Callable[[str], str | None],
+        decisions: Decisions,
         watch: TaskWatch,
         quiescence: Quiescence,
         *,
@@ -199,11 +208,13 @@ class EpisodeRecorder(Responder):
         self.asked: Counter[str] = Counter()
         """Calls of trained nodes by node path, answered or not."""
         self.passed_on: Counter[str] = Counter()
-        """Calls of other nodes, which their own models answer."""
+        """Calls of frozen nodes, which their own models answer."""
+        self.undecided: Counter[str] = Counter()
+        """Calls of nodes that nobody had decided on, which their own models answer."""
         self.fatal: MarftError | None = None
         """The first failure that is ours and not the app's; no `except` of the app hides it."""
         self._engine = engine
-        self._agent_of = agent_of
+        self._decisions = decisions
         self._watch = watch
         self._quiescence = quiescence
         self._seed = seed
@@ -221,12 +232,24 @@ class EpisodeRecorder(Responder):
 
     def agent_for(self, node: str) -> str | None:
         """Adapter of a trained node."""
-        return self._agent_of(node)
+        return self._decisions.agent_of(node)
 
-    def passed(self, node: str) -> None:
-        """Count a call that the node's own model answers."""
+    @property
+    def is_strict(self) -> bool:
+        """Unless the app's own models are what is asked for."""
+        return self._engine is not None
+
+    def passed(self, site: CallSite) -> None:
+        """Count a call that the node's own model answers; refuse what nobody decided on."""
+        if self._engine is None:
+            return
+        try:
+            is_decided = self._decisions.pass_on(site)
+        except UndecidedCallError as error:
+            self._note(error)
+            raise
         with self._lock:
-            self.passed_on[node] += 1
+            (self.passed_on if is_decided else self.undecided)[site.node] += 1
 
     def set_aside(
         self, answered: Sequence[RecordedCall], kept: Collection[int]
@@ -244,6 +267,7 @@ class EpisodeRecorder(Responder):
                 (SetAside.RETRIED, retried),
                 (SetAside.UNANSWERED, unanswered),
                 (SetAside.OWN_MODEL, self.passed_on),
+                (SetAside.UNDECIDED, self.undecided),
             )
             return tuple((node, reason) for reason, own in why for node in own.elements())
 

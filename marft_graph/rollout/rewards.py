@@ -19,6 +19,7 @@ from typing import Any, SupportsFloat, TypeVar
 from marft_graph.episode import Episode, Reward, check_reward_size
 from marft_graph.errors import ConfigError, RewardError
 from marft_graph.rollout.process_loop import REWARD_TASK
+from marft_graph.rollout.scopes import outside_runs
 from marft_graph.rollout.worker_threads import WorkerThreads
 
 T = TypeVar("T")
@@ -217,7 +218,8 @@ class RewardCalls:
         nodes: Collection[str],
     ) -> Reward:
         try:
-            result = await self._result(reward, example, state)
+            with outside_runs():  # a judge asks its own model, whoever runs
+                result = await self._result(reward, example, state)
         except Exception as error:
             if isinstance(error, _TooSlow):
                 problem = f"took longer than {self._timeout:g} seconds (reward_timeout)"

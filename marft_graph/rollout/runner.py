@@ -26,6 +26,8 @@ def run_episodes(
     engine: Engine | None,
     reward: Rewards | None = None,
     nodes: Sequence[str] | None = None,
+    frozen: Sequence[str] = (),
+    new_nodes: Literal["stop", "freeze", "train"] = "stop",
     adapters: Mapping[str, str] | None = None,
     inputs: InputFunction | None = None,
     seed: int = 0,
@@ -57,8 +59,12 @@ def run_episodes(
         reward: `reward(example, state) -> float | dict[node, float] | Reward`, sync or async;
             several, as a list or as a dict of functions to weights, are combined; none: only what
             nodes emit counts.
-        nodes: nodes to train, as agent paths; none: every node that calls a model. Other nodes keep
-            their own model.
+        nodes: nodes to train, as agent paths; none: every node that calls a model. Agents that the
+            code shows and that are not named are frozen: their own models answer.
+        frozen: more nodes whose own models answer, as agent paths.
+        new_nodes: what becomes of a node that calls a model and is neither: `stop` the rollout with
+            an error, before anything has left for the model; `freeze` it, so that its own model
+            answers; or `train` it, with an adapter that has the node's name.
         adapters: name of the agent that answers a node, where it is not the node's own: nodes with
             one name share its adapter.
         inputs: makes the graph's input from an example, where its keys do not fit.
@@ -95,6 +101,8 @@ def run_episodes(
         UnknownNodeError: `nodes` names a node that the graph does not have.
         ConfigError: a number is out of range.
         DatasetError: no examples, or an example without the graph's input keys.
+        UndecidedCallError: a node that is neither trained nor frozen asked its model, or code whose
+            node cannot be told; the message has the node, its function and the line of the call.
         RewardError: the reward function failed (unless `reward_errors` is `drop`), or a node
             emitted what is no reward; the message shows the example.
         asyncio.CancelledError: it was cancelled.
@@ -104,6 +112,7 @@ def run_episodes(
         engine=engine,
         reward=reward,
         nodes=nodes or (),
+        frozen=frozen,
         adapters=adapters or {},
         given=AppInputs(inputs=inputs),
         settings=RolloutSettings(
@@ -118,6 +127,7 @@ def run_episodes(
             schema_in_prompt=schema_in_prompt,
             fault_rewards=dict(fault_rewards or {}),
             reward_errors=reward_errors,
+            new_nodes=new_nodes,
         ),
         on_episode=on_episode,
         cancellation=cancellation,

@@ -39,6 +39,9 @@ class RolloutSettings:
     """By name of an exception's class: the outcome of an episode that it ends."""
     reward_errors: Literal["stop", "drop"] = "stop"
     """Whether a reward function that fails stops the rollout or drops its episode."""
+    new_nodes: Literal["stop", "freeze", "train"] = "stop"
+    """What becomes of a node that asks its model and is neither trained nor frozen on purpose: the
+    rollout ends with an error, its own model answers, or an adapter named after it."""
 
     def __post_init__(self) -> None:
         for name in ("concurrency", "reward_concurrency", "max_new_tokens"):
@@ -52,6 +55,10 @@ class RolloutSettings:
         if self.reward_errors not in ("stop", "drop"):
             raise ConfigError(
                 f"reward_errors is {self.reward_errors!r}; it must be one of stop, drop"
+            )
+        if self.new_nodes not in ("stop", "freeze", "train"):
+            raise ConfigError(
+                f"new_nodes is {self.new_nodes!r}; it must be one of stop, freeze, train"
             )
 
 

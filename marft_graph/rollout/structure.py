@@ -14,7 +14,7 @@ from langchain_core.messages import AIMessage, BaseMessage
 from pydantic import BaseModel, PydanticUserError, ValidationError
 
 from marft_graph.policy.paragraph import with_paragraph
-from marft_graph.rollout.intercept import InterceptedCall
+from marft_graph.rollout.responder import InterceptedCall
 
 _SHOWN_CHARACTERS = 200
 

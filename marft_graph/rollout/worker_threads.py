@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
+from marft_graph.rollout.scopes import carried
+
 _T = TypeVar("_T")
 _MOST_THREADS = 1024
 # A thread without work ends after this.
@@ -135,7 +137,8 @@ class WorkerThreads(ThreadPoolExecutor):
     def submit(self, fn: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
         """Queue a function; see `concurrent.futures.Executor.submit`."""
         future: Future[_T] = Future()
-        item = WorkItem(future, lambda: fn(*args, **kwargs))
+        run = carried(fn)  # as the standard pools do while a run is active
+        item = WorkItem(future, lambda: run(*args, **kwargs))
         with self._ready:
             if self._is_closed:
                 raise RuntimeError("cannot schedule new functions after shutdown")
