@@ -209,7 +209,7 @@ def normalize(advantages_N: Tensor, epsilon: float = 1e-8) -> Tensor:
     The mean is not added back. Entries that are all equal become 0. Computed in float64 and
     returned in it.
 
-    >>> normalize(torch.tensor([1.0, 3.0])).tolist()
+    >>> normalize(torch.tensor([1.0, 3.0])).round(decimals=6).tolist()
     [-1.0, 1.0]
     """
     advantages_N = advantages_N.double()
