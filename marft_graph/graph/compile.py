@@ -324,8 +324,8 @@ def _node(app: App, part: _Part, use: StateUse, prefix: str) -> Node:
         path=prefix + part.path,
         reads=reads,
         may_write=channels if reading.may_write is None else reading.may_write & channels,
-        must_write=_made(use) & must_write,
-        must_read=given if ALL in use.must_read else use.must_read & given,
+        must_write=use.made & must_write,
+        must_read=_certain(use, app, part.name, given),
         is_read_by_code=use.may_read is not None,
         always_calls=own.calls_model and reading.always_calls and not is_cached,
         calls_again=part.found.calls_model and not _calls_once(part),
@@ -340,9 +340,12 @@ def _calls_once(part: _Part) -> bool:
     return not part.branches and part.reading.calls_once and part.own.calls < 2
 
 
-def _made(use: StateUse) -> frozenset[str]:
-    """Channels whose written value is the node's own making, and nothing that it was given."""
-    return frozenset(k for k, v in use.carries.items() if not v) if use.carries else frozenset()
+def _certain(use: StateUse, app: App, name: str, given: frozenset[str]) -> frozenset[str]:
+    """Channels that every run of a node reads before it calls a model."""
+    is_dict = name != START and app.nodes[name].mapper is None
+    if ALL in use.must_read and is_dict:  # the text of a dict shows it all
+        return given
+    return use.must_read & given
 
 
 def _triggers(app: App, parts: list[_Part], nodes: dict[str, Node]) -> list[Trigger]:

@@ -11,6 +11,7 @@ import builtins
 import dataclasses
 import functools
 import inspect
+import logging
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ ALL = "*"
 """Stands for every channel of the state."""
 _READERS = frozenset({"get", "pop", "setdefault"})
 _HARMLESS = frozenset({"len", "isinstance", "bool", "type", "id", "callable"})
-_WHOLE = frozenset({"str", "repr", "dict", "list", "print"})
+_WHOLE = frozenset({"str", "repr"})
 _REVEALING = frozenset({"locals", "vars", "eval", "exec", "dir"})
 _ASKING = frozenset(
     {"invoke", "ainvoke", "stream", "astream", "batch", "abatch", "transform", "atransform"}
@@ -53,6 +54,14 @@ class StateUse:
     carries: Mapping[str, frozenset[str]] | None = None
     """What each written channel can hold of the channels read, other than what a model made of it;
     None: not known."""
+    constants: frozenset[str] = frozenset()
+    """Channels that it may write as its source has them, whatever a model says."""
+
+    @property
+    def made(self) -> frozenset[str]:
+        """Channels whose written value is always the node's own making."""
+        own = frozenset(name for name, held in (self.carries or {}).items() if not held)
+        return own - self.constants
 
     def __or__(self, other: StateUse) -> StateUse:
         """What holds for either of two functions."""
@@ -64,6 +73,7 @@ class StateUse:
             (self.may_read or frozenset()) | (other.may_read or frozenset()) if known else None,
             self.must_read & other.must_read,
             carries,
+            self.constants | other.constants,
         )
 
 
@@ -75,14 +85,12 @@ def state_use(bound: Any, fields: frozenset[str] = frozenset()) -> StateUse:
         fields: what the state has; another attribute of it is a method that may read anything.
     """
     use = _use(bound)
-    if use.may_read is None:
-        return use
-    attributes = {name[1:] for name in use.may_read if name.startswith(".")}
-    known = frozenset(name.lstrip(".") for name in use.may_read)
-    must = frozenset(name.lstrip(".") for name in use.must_read)
-    return dataclasses.replace(
-        use, may_read=known if attributes <= fields else None, must_read=must & {*fields, ALL}
-    )
+    must = frozenset(name.lstrip(".") for name in use.must_read) & {*fields, ALL}
+    may = use.may_read
+    if may is not None:
+        attributes = {name[1:] for name in may if name.startswith(".")}
+        may = frozenset(n.lstrip(".") for n in may) if attributes <= fields else None
+    return dataclasses.replace(use, may_read=may, must_read=must)
 
 
 def _use(bound: Any) -> StateUse:
@@ -127,7 +135,7 @@ def _read(function: types.FunctionType, place: int) -> StateUse:
     body = _body(function, place)
     if body is None:
         return StateUse()
-    return StateUse(body.may_read(), body.must_read(), body.carries())
+    return StateUse(body.may_read(), body.must_read(), body.carries(), body.constants())
 
 
 def _body(function: types.FunctionType, place: int, depth: int = _DEPTH) -> _Body | None:
@@ -296,13 +304,18 @@ class _Body:
         return isinstance(node, ast.Call) or _loads(node)
 
     def _value(self, node: ast.AST) -> Any:
-        """What a name, or an attribute of a module, stands for."""
+        """What a name, or an attribute of a module, a class or a logger, stands for."""
         if isinstance(node, ast.Name):
             return self._names(node.id)
         if isinstance(node, ast.Attribute):
             owner = self._value(node.value)
             if isinstance(owner, types.ModuleType):
                 return getattr(owner, node.attr, None)
+            if isinstance(owner, type):
+                found = inspect.getattr_static(owner, node.attr, None)
+                return getattr(found, "__func__", found)
+            if isinstance(owner, logging.Logger):
+                return print
         return None
 
     # Which channels are read before a model is called
@@ -310,6 +323,8 @@ class _Body:
     def must_read(self) -> frozenset[str]:
         """Channels that every run has read when it first calls a model."""
         found: set[str] = set()
+        if self._stores(self._state):
+            return frozenset()
         try:
             if isinstance(self._tree, ast.Lambda):
                 self._evaluate(self._tree.body, found)
@@ -333,7 +348,7 @@ class _Body:
             )
         elif isinstance(statement, ast.Try):
             others = [*statement.handlers, *statement.orelse, *statement.finalbody, *rest]
-            if not any(self._may_ask(node) for node in others):
+            if not any(self._calls_model(node) for node in others):
                 self._run(statement.body, found)  # whatever is asked is asked in here, in order
             self._stop_if_asking(statement)
         elif isinstance(statement, ast.With | ast.AsyncWith):
@@ -428,10 +443,12 @@ class _Body:
             raise _Asked
 
     def _may_ask(self, node: ast.AST) -> bool:
-        """Whether a model may be called in some code."""
-        return any(
-            self._asks(call) for call in ast.walk(node) if isinstance(call, ast.Call)
-        ) or any(isinstance(n, ast.Return | ast.Raise) for n in ast.walk(node))
+        """Whether a model may be called in some code, or the function left."""
+        leaves = any(isinstance(inner, ast.Return | ast.Raise) for inner in ast.walk(node))
+        return leaves or self._calls_model(node)
+
+    def _calls_model(self, node: ast.AST) -> bool:
+        return any(self._asks(call) for call in ast.walk(node) if isinstance(call, ast.Call))
 
     def _asks(self, call: ast.Call) -> bool:
         if self._key(call) is not None:
@@ -441,7 +458,8 @@ class _Body:
             return source._can_call(value)
         if isinstance(call.func, ast.Name):
             return not hasattr(builtins, call.func.id)
-        return not (isinstance(call.func, ast.Attribute) and call.func.attr in _QUIET)
+        named = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        return named not in _QUIET and named not in source._MAKERS
 
     # What is passed on as it is
 
@@ -456,6 +474,11 @@ class _Body:
             for key, written in update.items():
                 found[key] = found.get(key, frozenset()) | self._made_of(written, held)
         return found
+
+    def constants(self) -> frozenset[str]:
+        """Channels that are written with texts of the source somewhere."""
+        updates = [_update(value) or {} for value in source._returned(self._tree)]
+        return frozenset(k for u in updates for k, v in u.items() if isinstance(v, ast.Constant))
 
     def _held(self) -> dict[str, frozenset[str]]:
         """For each local name the channels that its value can be made of."""

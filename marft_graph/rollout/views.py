@@ -5,8 +5,8 @@ with the same values, and a change of it is a change of what its task sees. Copi
 pickles and deep copies make, are plain; so what is done with a copy is not seen, and it is noted
 that the values went into one. What the task itself has put into a view is no read. Names
 (`in`, `len`, `keys()`, iteration) are no values, so asking for them is no read either. Code in C
-that reads a dict past its methods (orjson, pydantic's validation) is not seen: `reads` says where
-the whole state counts as read for that reason. Knows neither LangGraph nor episodes.
+that reads a dict past its methods (`orjson.dumps(state)`) is not seen. Knows neither LangGraph nor
+episodes.
 """
 
 from __future__ import annotations
