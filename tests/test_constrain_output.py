@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from langchain_core.messages import HumanMessage
-from pydantic import BaseModel
+from langchain_openai import ChatOpenAI
+from langgraph.graph import START, StateGraph
+from pydantic import BaseModel, Field
 
 from marft_graph import Episode, TrainConfig, Trainer, bind, run_episodes
 from marft_graph.deploy.manifest import read_manifest, sealed
@@ -23,8 +25,8 @@ from marft_graph.policy.adapters import Policy
 from marft_graph.rollout.answers import request_for
 from marft_graph.rollout.responder import InterceptedCall
 from marft_graph.run.trajectories import read_traces
-from tests.apps import Move, duo, mover
-from tests.support import make_agents
+from tests.apps import DuoState, Move, duo, mover
+from tests.support import make_agents, save_random_model
 
 pytest.importorskip("xgrammar")
 
@@ -185,3 +187,83 @@ def test_structure_without_a_json_schema_names_its_node() -> None:
 
     with pytest.raises(ConfigError, match="node 'a' asks for has no JSON schema"):
         grammar_of(response_format=Odd)
+
+
+class Sum(BaseModel):
+    """A sum."""
+
+    number: int = Field(ge=0, le=99)
+    is_sure: bool
+
+
+def summer() -> Any:
+    """A node that forces a tool call and fails without one."""
+
+    def add(state: DuoState) -> dict[str, str]:
+        asked = openai.with_structured_output(Sum, method="function_calling")
+        made = asked.invoke(state["question"])
+        return {"answer": str(made.number)}  # type: ignore[union-attr]
+
+    return StateGraph(DuoState).add_node("summer", add).add_edge(START, "summer").compile()
+
+
+openai = ChatOpenAI(model="gpt-4o", api_key="x", base_url="http://127.0.0.1:9")  # type: ignore[arg-type]
+
+
+def test_a_forced_tool_call_trains_and_is_bound_and_its_masks_agree(tmp_path: Path) -> None:
+    model = save_random_model(tmp_path / "model", context=1024)
+    with Trainer(
+        summer(),
+        train_dataset=EXAMPLES,
+        reward=lambda example, state: int(state["answer"]) / 100,
+        config=config(model, max_new_tokens=120),
+        run_dir=tmp_path / "run",
+    ) as trainer:
+        result = trainer.train(progress=False)
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [row["episodes_failed"] for row in rows] == [0, 0]
+    assert all(row["agents"]["summer"]["logprob_gap"] < 1e-4 for row in rows)
+    calls = [
+        call
+        for path in sorted((tmp_path / "run" / "traces").glob("*.parquet"))
+        for episode in read_traces(path)
+        for call in episode.calls
+    ]
+    assert all(call.grammar and call.messages[-1]["tool_calls"] for call in calls)
+    app = bind(summer(), result.export, temperature=1.0)
+    assert all(0 <= int(app.invoke(example)["answer"]) <= 99 for example in EXAMPLES)
+
+
+def test_the_prompt_has_the_schema_in_training_and_when_bound(tmp_path: Path) -> None:
+    model = save_random_model(tmp_path / "model", context=1024)
+    with Trainer(
+        mover(),
+        train_dataset=EXAMPLES,
+        reward=reward,
+        config=config(model, iterations=1),
+        run_dir=tmp_path / "run",
+    ) as trainer:
+        result = trainer.train(progress=False)
+    (path,) = sorted((tmp_path / "run" / "traces").glob("*.parquet"))
+    first = next(iter(read_traces(path))).calls[0]
+    assert "Answer with JSON that fits this schema" in first.messages[0]["content"]
+    assert '"steps"' in first.messages[0]["content"]
+    assert read_manifest(result.export).schema_in_prompt
+    asked: list[tuple[int, ...]] = []
+    submit = LocalEngine.submit
+
+    def watched(self: LocalEngine, request: Any) -> Any:
+        asked.append(request.prompt_ids)
+        return submit(self, request)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalEngine, "submit", watched)
+        bind(mover(), result.export).invoke(dict(first_example(path)))
+    assert first.prompt_ids in asked
+
+
+def first_example(path: Path) -> Any:
+    return next(iter(read_traces(path))).example

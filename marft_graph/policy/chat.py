@@ -130,13 +130,29 @@ class TokenizerCodec:
         Special tokens written inside a message's text, a tool call's arguments or a tool's schema
         are encoded as plain text, unless `special_tokens_in_text` was asked for. A sampled
         message that the template cannot write, as its tool calls are malformed or too many, is
-        written as the model wrote it.
+        written as the model wrote it. Tools are described in words where the template has no place
+        for them.
 
         Raises:
             ModelError: the template refuses the conversation.
         """
+        described = self._with_tools_in_text(messages, tools)
+        ids = self._render(described, tools)
+        if described is not messages and len(ids) >= self._context_length:
+            logger.warning(
+                "a prompt of %d tokens that describes its tools in words is longer than the "
+                "context of %s, %d tokens: it is not shown the tools",
+                len(ids),
+                self._tokenizer.name_or_path or "the base model",
+                self._context_length,
+            )
+            return self._render(messages, tools)
+        return ids
+
+    def _render(
+        self, messages: Sequence[BaseMessage], tools: Sequence[dict[str, Any]]
+    ) -> tuple[int, ...]:
         schemas = self._shielded(list(tools))
-        messages = self._with_tools_in_text(messages, tools)
         turns = [self._turn(message, tools, as_written=True) for message in messages]
         try:
             text = self._apply(turns, schemas)

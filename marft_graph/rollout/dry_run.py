@@ -76,12 +76,14 @@ def answer(request: GenerationRequest) -> str | AIMessage:
     if schema is not None:
         return json.dumps(example_of(schema))
     tools = [tool["function"] for tool in request.tools]
+    earlier = [m for m in request.messages if isinstance(m, AIMessage)]
+    used = {call["name"] for message in earlier for call in message.tool_calls}
+    unused = [tool for tool in tools if tool["name"] not in used]
     if request.tool_choice not in (None, "auto", "none"):
         tools = [tool for tool in tools if tool["name"] in str(request.tool_choice)] or tools
+        tools = [tool for tool in tools if tool in unused] or tools[-1:]
     else:
-        earlier = [m for m in request.messages if isinstance(m, AIMessage)]
-        used = {call["name"] for message in earlier for call in message.tool_calls}
-        tools = [tool for tool in tools if tool["name"] not in used]
+        tools = unused
     if not tools:
         return TEXT
     name, args = tools[0]["name"], example_of(tools[0].get("parameters", {}))

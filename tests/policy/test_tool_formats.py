@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from typing_extensions import TypedDict
 
 from marft_graph.engine.base import Completion
+from marft_graph.engine.fake import ByteCodec, FakeEngine
 from marft_graph.errors import ModelError
 from marft_graph.policy.chat import TokenizerCodec
 from marft_graph.policy.tool_formats import HERMES, LLAMA, MISTRAL, XML, detect_format
@@ -685,3 +686,62 @@ def test_an_answer_to_learn_reads_back_as_it_was_recorded(name: str, content: st
     assert [(c["name"], c["args"]) for c in read.tool_calls] == [
         (c["name"], c["args"]) for c in calls
     ]
+
+
+def test_tools_are_described_in_words_where_the_template_has_no_place_for_them(caplog):
+    codec = make_codec("qwen2_5", CHATML)
+    assert not codec.shows_tools
+    prompt = text_of(codec, codec.render(QUESTION, TOOLS))
+    system, _, rest = prompt.partition("<|im_end|>")
+    assert "Be brief.\n\nYou may call these tools:" in system
+    assert '"name": "add"' in system
+    assert '<tool_call>\n{"name": "NAME", "arguments": {"ARGUMENT": VALUE}}\n</tool_call>' in system
+    assert "tools" not in rest
+    message = codec.parse(sample(codec, json_calls()), tools=TOOLS)
+    assert named(message) == CALLS
+    longer = text_of(codec, codec.render([*QUESTION, message, *results(message)], TOOLS))
+    assert longer.startswith(prompt)
+    assert "<tool_call>" in longer.removeprefix(prompt)
+    no_system = text_of(codec, codec.render(QUESTION[1:], TOOLS))
+    assert no_system.startswith("<|im_start|>user\nWhat is 1+2, and what is 3+4?\n\nYou may")
+
+
+@every_family
+def test_a_template_that_shows_tools_is_given_no_words(name):
+    codec = make_codec(name)
+    assert codec.shows_tools
+    assert "You may call these tools" not in text_of(codec, codec.render(question(name), TOOLS))
+
+
+def test_tools_that_the_context_has_no_room_for_are_told_of(caplog):
+    codec = make_codec("qwen2_5", CHATML)
+    codec._context_length = 60
+    assert "add" not in text_of(codec, codec.render(QUESTION, TOOLS))
+    assert "it is not shown the tools" in caplog.text
+
+
+def test_an_app_whose_base_shows_no_tools_is_warned_once_with_its_node(caplog):
+    class Wordy(FakeEngine):
+        """An engine whose codec shows no tools."""
+
+        def codec(self, agent):
+            class Codec(ByteCodec):
+                shows_tools = False
+
+            return Codec()
+
+    model = FakeListChatModel(responses=["own"])
+
+    def hermit(state):
+        return {"messages": [model.bind(tools=TOOLS).invoke(state["messages"]) for _ in range(2)]}
+
+    class Chat(TypedDict):
+        messages: Annotated[list[AnyMessage], add_messages]
+
+    graph = StateGraph(Chat).add_node("hermit", hermit).add_edge(START, "hermit").compile()
+    engine = Wordy("text")
+    run_episodes(graph, [{"messages": "hi"}], engine=engine, group_size=2)
+    engine.close()
+    told = [r.getMessage() for r in caplog.records if "no place for them" in r.getMessage()]
+    assert len(told) == 1
+    assert "'hermit'" in told[0]

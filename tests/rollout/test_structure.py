@@ -268,3 +268,17 @@ def test_a_class_without_a_json_schema_is_still_parsed():
     asked = openai().bind(response_format=Odd)
     episode = run(graph_of(lambda state: {"out": asked.invoke("hi").text}), '{"number": 1}')
     assert json.loads(episode.state["out"]) == {"number": 1}
+
+
+def test_a_scripted_run_takes_forced_tools_in_turn_until_the_structure():
+    from marft_graph.rollout.dry_run import answer
+
+    agent = create_agent(openai(), [add], response_format=ToolStrategy(Answer))
+
+    def body(state):
+        given = agent.invoke({"messages": "7+5?"}, {"recursion_limit": 12})
+        return {"out": given["structured_response"]}
+
+    episode = run(graph_of(body), answer)
+    assert episode.state["out"] == Answer(number=1)
+    assert len(episode.calls) == 2
