@@ -253,19 +253,6 @@ def test_messages_mode_inside_a_node_gives_chunks_and_no_answer_twice():
     assert out(body) == WORDS
 
 
-def test_the_v3_stream_has_a_delta_for_each_piece():
-    async def body(state):
-        with pytest.warns(Warning, match="beta"):
-            stream = await openai.astream_events("hi", version="v3")
-        deltas = [delta async for delta in stream.text]
-        message = await stream
-        return {"out": (deltas, message.text)}
-
-    deltas, text = out(body)
-    assert [delta for delta in deltas if delta] == [word for word in WORDS if word]
-    assert text == "seven plus five"
-
-
 def test_tool_calls_and_reasoning_come_in_pieces_that_add_up():
     async def body(state):
         model = anthropic.bind_tools([add])

@@ -176,11 +176,12 @@ def test_the_v3_event_stream_is_answered(answer):
     async def body(state):
         with pytest.warns(Warning, match="beta"):
             stream = await openai.astream_events("hi", version="v3")
+        deltas = [delta async for delta in stream.text]
         message = await stream
-        return {"out": message.text}
+        return {"out": ([delta for delta in deltas if delta], message.text)}
 
-    out, _, _ = answer(body)
-    assert out == "hello"
+    out, _, _ = answer(body, "hello to you")
+    assert out == (["hello ", "to ", "you"], "hello to you")
 
 
 def test_bound_tools_reach_the_engine_and_tool_calls_come_back(answer):
