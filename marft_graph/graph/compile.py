@@ -374,8 +374,9 @@ def _triggers(app: App, parts: list[_Part], nodes: dict[str, Node]) -> list[Trig
             mentions = inspect_node(branch.path).mentions
             kind = "fan_out" if "Send" in mentions else "conditional"
             declared = frozenset((branch.ends or {}).values())
-            sends = "Send" in mentions  # goes where it likes, whatever is declared
-            targets = _targets(declared, reading, everywhere, may_go_elsewhere=sends)
+            if declared:  # LangGraph holds names to that, and lets `Send` go where it likes
+                declared |= reading.sent
+            targets = declared or _targets(frozenset(), reading, everywhere)
             if reading.may_send_nothing:
                 targets |= {END}
             choice = f"branch {label}" if reading.goes_one_way else ""
@@ -412,11 +413,7 @@ def _triggers(app: App, parts: list[_Part], nodes: dict[str, Node]) -> list[Trig
 
 
 def _targets(
-    declared: frozenset[str],
-    reading: Reading,
-    everywhere: frozenset[str] | None,
-    *,
-    may_go_elsewhere: bool = True,
+    declared: frozenset[str], reading: Reading, everywhere: frozenset[str] | None
 ) -> frozenset[str]:
     """Nodes that a branch or a `Command` may lead to.
 
@@ -425,10 +422,9 @@ def _targets(
             counts as well.
         reading: what the code says.
         everywhere: where it may go if neither tells; None: nowhere.
-        may_go_elsewhere: whether it can go where it is not declared to go.
     """
     if declared:
-        return declared | (reading.named if may_go_elsewhere else frozenset())
+        return declared | reading.named
     if reading.targets is not None:
         return reading.targets
     return frozenset() if everywhere is None else everywhere

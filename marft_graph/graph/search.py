@@ -257,6 +257,8 @@ class Search:
             if member is _MISSING:
                 return [*self._stored.get((id(held), name), []), Method(value, name)], 0
             return self._of_class(member, value, held), 0
+        if libraries.is_provider(type(held).__module__):
+            return [Method(value, name)], 0  # whatever of it is used, the client is
         stored = self._stored.get((id(held), name), [])
         own = getattr(held, "__dict__", None)
         if isinstance(own, dict) and name in own:

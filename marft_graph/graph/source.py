@@ -48,6 +48,8 @@ class Reading:
     """Nodes that it can go to at most, by `Command` or as a branch; None: any."""
     named: frozenset[str] = frozenset()
     """Nodes that it names as targets, also where `targets` is None."""
+    sent: frozenset[str] = frozenset()
+    """Those of them that it names in a `Send`."""
     goes_one_way: bool = False
     """Whether it goes to one node at a time, and not to several at once."""
     may_stay: bool = False
@@ -66,6 +68,7 @@ class Reading:
             self.must_write & other.must_write,
             _both(self.targets, other.targets),
             self.named | other.named,
+            self.sent | other.sent,
             self.goes_one_way and other.goes_one_way,
             self.may_stay or other.may_stay,
             self.may_send_nothing or other.may_send_nothing,
@@ -126,6 +129,7 @@ def _read_function(function: types.FunctionType) -> Reading:
         else frozenset(),  # it only raises
         targets=_union(targets.of(value) for value in returned),
         named=targets.named(returned),
+        sent=targets.sent(),
         goes_one_way=all(map(targets.is_one, returned))
         or (_is_text(tree) and not any(map(targets.is_list, returned))),
         may_stay=any(map(targets.may_stay, returned)),

@@ -68,6 +68,12 @@ class Targets:
         found = [self.of(value) for value in (*returned, *made)]
         return _NOTHING.union(*(targets for targets in found if targets is not None))
 
+    def sent(self) -> Names:
+        """Nodes that are named in a `Send`."""
+        made = [node for node in ast.walk(self._tree) if isinstance(node, ast.Call)]
+        found = [self.of(call) for call in made if called(call) == "Send"]
+        return _NOTHING.union(*(targets for targets in found if targets is not None))
+
     def is_one(self, value: ast.expr | None) -> bool:
         """Whether a value leads to one node at most."""
         if value is None or isinstance(value, ast.Dict | ast.Constant):

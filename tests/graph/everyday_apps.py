@@ -1,6 +1,6 @@
 """Apps in the styles of public tutorials and templates; none imports marft_graph.
 
-Each maker returns the compiled app; `EVERYDAY` says of each what to run it on and what is true of it.
+Each maker returns the compiled app; `EVERYDAY` says what to run it on, and what is true of it.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def episodes_of(name: str, app: Any) -> list[Episode]:
     found = []
     for script in (answer, last_choice, alternating(), "plain text"):
         engine = FakeEngine(script)
-        found += run_episodes(app, [example], engine=engine, episode_timeout=30, recursion_limit=25)
+        app = app.with_config(recursion_limit=25)
+        found += run_episodes(app, [example], engine=engine, episode_timeout=30)
         engine.close()
     return found
 

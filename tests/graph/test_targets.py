@@ -101,7 +101,7 @@ def changed_inside(state: State) -> Any:
 
 
 def of_a_comprehension(state: State) -> Any:
-    return ["b", "c"]
+    return [name.lower() for name in ("B", "C")]
 
 
 def sends_of_a_comprehension(state: State) -> Any:
@@ -199,7 +199,7 @@ def _pick(state: State) -> str:
 
 
 def shadowed(state: State) -> Any:
-    return ["b", "c"]
+    return [NEXT.lower() for NEXT in ("B", "C")]
 
 
 def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
