@@ -162,7 +162,9 @@ class TrainConfig:
 
     # Rollout
     iterations: int = setting(100, "training iterations (rollout, then update)", at_least=0)
-    examples_per_iteration: int = setting(8, "different examples in an iteration", at_least=1)
+    examples_per_iteration: int = setting(
+        8, "examples in an iteration; a data set with fewer is begun again", at_least=1
+    )
     group_size: int = setting(8, "episodes of each example in an iteration", at_least=1)
     temperature: float | None = setting(
         None, "sampling temperature in training; none: what the app asks for, else 1", at_least=0
@@ -401,11 +403,16 @@ class TrainConfig:
         0, "seed of data order, sampling and initial adapters", at_least=0, at_most=2**32 - 1
     )
     eval_every: int = setting(
-        20, "iterations between evaluations; 0: only before and after", at_least=0
+        20,
+        "iterations between evaluations; 0: only before and after; without held-out data: none",
+        at_least=0,
     )
     eval_examples: int = setting(256, "held-out examples in an evaluation; 0: all", at_least=0)
     checkpoint_every: int = setting(
-        20, "iterations between checkpoints; 0: only at the end", at_least=0
+        20,
+        "iterations between checkpoints; 0: only at the start, at the end and at the best held-out "
+        "return",
+        at_least=0,
     )
     keep_checkpoints: int = setting(3, "newest checkpoints that stay on disk", at_least=1)
     stop_timeout: float = setting(
