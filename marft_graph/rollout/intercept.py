@@ -59,6 +59,10 @@ PATCHED_NAMES = (
 _is_delegated: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "marft_delegate", default=False
 )
+# The app's own model that is answering: the same call is not passed on a second time.
+_answers: contextvars.ContextVar[BaseChatModel | None] = contextvars.ContextVar(
+    "marft_answers", default=None
+)
 _originals: dict[str, Any] = {}
 _lock = threading.Lock()
 
@@ -134,6 +138,16 @@ def running_task() -> tuple[Responder, str] | None:
     return place.run.responder, place.namespace
 
 
+@contextmanager
+def _answering(model: BaseChatModel) -> Iterator[None]:
+    """While the app's own model answers a call that was passed on: it may stream it, as events."""
+    token = _answers.set(model)
+    try:
+        yield
+    finally:
+        _answers.reset(token)
+
+
 def _route(metadata: Mapping[str, Any] | None) -> tuple[Place, str] | None:
     """The place of a call and the adapter that answers it; None where its own model does.
 
@@ -157,7 +171,7 @@ def _begin(
 ) -> tuple[Run, Pending | Delegate] | None:
     routed = _route(metadata)
     if routed is None:
-        if not _is_delegated.get():
+        if not _is_delegated.get() and _answers.get() is not model:
             pass_on(type(model).__name__, metadata)
         return None
     place, agent = routed
@@ -394,9 +408,10 @@ def _generate(
 ) -> ChatResult:
     begun = _begin(self, messages, stop, run_manager and run_manager.metadata, kwargs)
     if begun is None:
-        result: ChatResult = _originals["_generate_with_cache"](
-            self, messages, stop=stop, run_manager=run_manager, **kwargs
-        )
+        with _answering(self):
+            result: ChatResult = _originals["_generate_with_cache"](
+                self, messages, stop=stop, run_manager=run_manager, **kwargs
+            )
         return result
     run, answer = begun
     if isinstance(answer, Delegate):
@@ -415,9 +430,10 @@ async def _agenerate(
 ) -> ChatResult:
     begun = _begin(self, messages, stop, run_manager and run_manager.metadata, kwargs)
     if begun is None:
-        result: ChatResult = await _originals["_agenerate_with_cache"](
-            self, messages, stop=stop, run_manager=run_manager, **kwargs
-        )
+        with _answering(self):
+            result: ChatResult = await _originals["_agenerate_with_cache"](
+                self, messages, stop=stop, run_manager=run_manager, **kwargs
+            )
         return result
     run, answer = begun
     if isinstance(answer, Delegate):

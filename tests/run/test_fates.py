@@ -17,8 +17,9 @@ from langchain_core.messages import AIMessage
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import RetryPolicy
 
-from marft_graph import Trainer
+from marft_graph import FakeEngine, Trainer, run_episodes
 from marft_graph.cli import main
+from marft_graph.episode import SetAside
 from marft_graph.learn.fate import Fate
 from marft_graph.run.fates import fates_text, idle_lines
 from marft_graph.run.tracking import read_metrics
@@ -114,6 +115,32 @@ def test_every_call_that_an_app_makes_has_one_fate(
     assert Fate.RETRIED not in counts["planner"]
     assert counts["planner"][Fate.TRUNCATED] > 0
     assert [row["never_called"] for row in rows] == [[], []]
+
+
+@pytest.mark.filterwarnings("ignore:The v3 streaming protocol")
+@pytest.mark.parametrize("how", ["invoke", "stream", "events", "graph's events"])
+def test_a_call_of_a_node_that_keeps_its_model_counts_once_however_it_is_asked(how: str) -> None:
+    own = GenericFakeChatModel(messages=iter([AIMessage("own words")]))
+    inner = StateGraph(State).add_node("deep", lambda state: {"plan": own.invoke("x").text})
+    inner_graph = inner.add_edge(START, "deep").compile()
+    ways: dict[str, Callable[[], Any]] = {
+        "invoke": lambda: own.invoke("x"),
+        "stream": lambda: list(own.stream("x")),
+        "events": lambda: list(own.stream_events("x", version="v3")),
+        "graph's events": lambda: list(inner_graph.stream_events({"question": "x"}, version="v3")),
+    }
+
+    def judge(state: State) -> dict[str, str]:
+        ways[how]()
+        return {"plan": "x"}
+
+    builder = StateGraph(State).add_node("judge", judge)
+    builder.add_node("actor", lambda state: {"answer": model.invoke("y").text})
+    builder.add_edge(START, "judge").add_edge("judge", "actor")
+    examples = [{"question": "q"}]
+    (found,) = run_episodes(builder.compile(), examples, engine=FakeEngine("a"), nodes=["actor"])
+    assert [why for _, why in found.set_aside] == [SetAside.OWN_MODEL], found.error
+    assert len(found.calls) == 1
 
 
 @pytest.mark.parametrize(
