@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.messages import AIMessageChunk
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
@@ -153,3 +154,31 @@ def test_what_cannot_be_is_refused_when_the_app_is_bound(
 ) -> None:
     with pytest.raises(ConfigError, match=f"{name} is .*{value}"):
         bind(duo(sync=True), exported[0], **{name: value})
+
+
+async def test_a_bound_app_streams_its_answers_in_chunks(exported: tuple[Path, Trainer]) -> None:
+    app = bind(duo(sync=True), exported[0])
+    example = {"question": "q"}
+    whole = app.invoke(example)["answer"]
+    assert whole.strip(), "the adapters must say something for this test to mean anything"
+
+    items: list[Any] = list(app.stream(example, stream_mode="messages"))
+    assert all(isinstance(chunk, AIMessageChunk) for chunk, _ in items)
+    last = [chunk.text for chunk, known in items if known["langgraph_node"] == "actor"]
+    assert "".join(last) == whole
+    ids = {chunk.id for chunk, known in items if known["langgraph_node"] == "actor"}
+    assert len(ids) == 1
+
+    items = [item async for item in app.astream(example, stream_mode="messages")]
+    assert "".join(c.text for c, known in items if known["langgraph_node"] == "actor") == whole
+
+    events = [event async for event in app.compiled.astream_events(example, version="v2")]
+    texts = [
+        event["data"]["chunk"].text
+        for event in events
+        if event["event"] == "on_chat_model_stream"
+        and event["metadata"]["langgraph_node"] == "actor"
+    ]
+    assert "".join(texts) == whole
+    ends = [event for event in events if event["event"] == "on_chat_model_end"]
+    assert len(ends) == 2
