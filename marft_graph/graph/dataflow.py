@@ -451,15 +451,28 @@ class _Flows:
             for leaf in self._leaves
             if any(leaf.path == a and b in paths for a, b in self._found)
         ]
-        read = [
-            leaf
-            for leaf in self._leaves
-            for level, other in enumerate(leaf.scopes)
-            if other is scope
-            and self._up[leaf.path][level] & trigger.reads
-            and scope.order.before(leaf.names[level], trigger.source)
-        ]
+        read = [leaf for leaf in self._leaves if self._reaches_branch(leaf, scope, trigger)]
         return [*inside, *known, *read]
+
+    def _reaches_branch(self, leaf: _Leaf, scope: Scope, trigger: Trigger) -> bool:
+        """Whether a branch in `scope` can read what a leaf writes, there or around it."""
+        branch = Node(trigger.source, trigger.reads, _NOTHING, _NOTHING)
+        for inner in self._leaves:
+            level = next((i for i, other in enumerate(inner.scopes) if other is scope), None)
+            if level is not None:
+                break
+        else:
+            return False
+        names = (*inner.names[:level], trigger.source)
+        reader = _Leaf(branch, inner.scopes[: level + 1], names)
+        wanted = _inward(reader)
+        for place, (ours, theirs) in enumerate(zip(leaf.scopes, reader.scopes, strict=False)):
+            if ours is not theirs:
+                return False
+            a, b = leaf.names[place], names[place]
+            if self._up[leaf.path][place] & wanted[place] and ours.order.before(a, b):
+                return True
+        return False
 
     def _inside(self, scope: Scope, name: str) -> list[tuple[_Leaf, int]]:
         return [

@@ -18,6 +18,8 @@ from langchain_core.messages import AIMessage, BaseMessage
 Calls = frozenset[int]
 _NONE: Calls = frozenset()
 _MOST_ITEMS = 10_000
+_HANDED_BACK = "__is_handoff_back"
+"""Set in their metadata by langgraph-supervisor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +89,8 @@ def text_of(value: Any) -> Any:
 def is_lasting(value: Any) -> bool:
     """Whether an object stays what it is, so that to have it is to know what is in it."""
     return isinstance(value, str | bytes | BaseMessage)
+
+
+def is_constant(value: Any) -> bool:
+    """Whether it is a message that a package's hand-over writes by itself."""
+    return isinstance(value, BaseMessage) and bool(value.response_metadata.get(_HANDED_BACK))

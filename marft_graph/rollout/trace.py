@@ -24,7 +24,7 @@ from langgraph.pregel import Pregel
 
 from marft_graph.graph.channels import branch_channels, collects
 from marft_graph.graph.roles import inspect_node
-from marft_graph.rollout.atoms import Atom, Atoms, is_lasting, parts, text_of
+from marft_graph.rollout.atoms import Atom, Atoms, is_constant, is_lasting, parts, text_of
 from marft_graph.rollout.reads import ReadLog, Start, TaskReads
 from marft_graph.rollout.verbatim import LEAST, as_text, leaves, shows
 from marft_graph.rollout.views import fields_of
@@ -215,6 +215,8 @@ class _Task:
     """What it did read."""
     calls: list[int] = field(default_factory=list)
     runs: list[_Run] = field(default_factory=list)
+    parts: dict[int, str] | None = None
+    """The channel of each object in what it was given, by the object's id, once asked for."""
     seen_by_branches: Calls | None = None
     """What its conditional edges had read when it was over; None: not known."""
     is_over: bool = False
@@ -493,10 +495,8 @@ class _Tracer:
 
     def _origin(self, task: _Task, channel: str, part: Any) -> Calls:
         """What one part of a channel's value depends on."""
-        atom = self._atoms.of(part)
-        if atom is not None and atom.channel == channel and atom.run == task.run.number:
-            return atom.calls
-        return task.reads.get(channel, _NONE)
+        atom, known = self._atoms.of(part), task.reads.get(channel, _NONE)
+        return known if atom is None or not atom.calls <= known else atom.calls
 
     def _value_given(self, task: _Task, channel: str) -> Any:
         given = task.given
@@ -509,14 +509,25 @@ class _Tracer:
             return _NONE.union(*known) if len(known) == len(items) else None
         if not is_sent and not is_lasting(value):
             return None
-        if text_of(value) in self._answers(task):
-            return None
+        if is_constant(value):
+            return _NONE
+        text = text_of(value)
+        if text and text in self._answers(task):
+            return self._answered(task, text)
         atom = self._atoms.of(value)
         if atom is None and isinstance(value, BaseMessage) and not getattr(value, "tool_calls", 0):
             atom = self._atoms.of(value.content)
         if atom is not None and self._had(task, atom, is_sent=is_sent):
             return atom.calls
-        return self._given(task, value)
+        given = self._given(task, value, is_sent=is_sent)
+        return self._answered(task, text) if given is None and text else given
+
+    def _answered(self, task: _Task, text: str) -> Calls | None:
+        """The last call in a task, or in a graph that it ran, that was answered with a text."""
+        calls = [c for c in task.all_calls() if self.calls[c].answer == text]
+        calls = [call for call in calls if not task.is_router(call, self)]
+        last = max(calls, key=lambda call: self.calls[call].ended, default=None)
+        return None if last is None else frozenset({last})
 
     def _answers(self, task: _Task) -> set[str]:
         """What a task's own calls were answered with."""
@@ -531,18 +542,19 @@ class _Tracer:
             return False
         return is_sent or task.has_read(atom.channel)
 
-    def _given(self, task: _Task, value: Any) -> Calls | None:
-        """What a value depends on that is one of those in a task's input, unchanged."""
-        given = task.given
-        if isinstance(given, Mapping):
-            named = given.items()
-        else:
-            named = {name: getattr(given, name, None) for name in fields_of(given)}.items()
-        for channel, held in named:
-            is_read = held is value and task.has_read(channel)
-            if is_read and any(part is value for part in parts(value)):
-                return task.reads.get(channel, _NONE)
-        return None
+    def _given(self, task: _Task, value: Any, *, is_sent: bool) -> Calls | None:
+        """What a value depends on that a task was given in its input, unchanged."""
+        if task.parts is None:
+            given = task.given
+            names = given if isinstance(given, Mapping) else fields_of(given)
+            task.parts = {
+                id(part): name for name in names for part in parts(self._value_given(task, name))
+            }
+        channel = task.parts.get(id(value))
+        is_routed = is_sent and channel in task.seen.routed
+        if channel is None or not (is_routed or task.has_read(channel)):
+            return None
+        return self._origin(task, channel, value)
 
     def _sent_to(self, run: _Run, name: str) -> Calls:
         """What the senders of a `Send` task knew; the run's input where the entry sent it."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
 from collections.abc import Callable
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from langchain_core.messages import AIMessage
 
 from marft_graph import FakeEngine, compile_graph, run_episodes
 from marft_graph.graph.draw import summary, to_dot, to_mermaid
@@ -16,6 +20,7 @@ from marft_graph.names import agent_path
 from marft_graph.rollout.dry_run import answer
 from tests.graph import real_apps
 
+_marks = itertools.count()
 MESSAGES = {"messages": [("user", "hello")]}
 APPS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "tool_agent": (MESSAGES, {"model"}),
@@ -56,6 +61,42 @@ def test_it_compiles_draws_and_runs(name: str) -> None:
             for parent in call.parents:
                 i, j = agent_path(call.node), agent_path(episode.calls[parent].node)
                 assert flex_mg.dependency(i, j) != "never", flex_mg.explain(i, j)
+
+
+def marked(request: Any) -> Any:
+    """A scripted answer with a mark of its own, in its text and in what it asks tools for."""
+    made, mark = answer(request), f"<{next(_marks)}>"
+    if isinstance(made, AIMessage):
+        for call in made.tool_calls:
+            call["args"] = {
+                k: v + mark if isinstance(v, str) else v for k, v in call["args"].items()
+            }
+        made.content = mark
+        return made
+    return made if made.startswith("{") else made + mark
+
+
+def marks_in(messages: Any) -> set[str]:
+    return set(re.findall(r"<\d+>", json.dumps(messages)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "name", ["tool_agent", "supervisor_team", "swarm", "reflection", "trading_team"]
+)
+def test_parents_are_the_calls_whose_marks_a_prompt_shows(name: str) -> None:
+    if name in ("supervisor_team", "swarm", "reflection"):
+        pytest.importorskip(f"langgraph_{name.partition('_')[0]}")
+    app = getattr(real_apps, name)()
+    (episode,) = run_episodes(app, [APPS[name][0]], engine=FakeEngine(marked), episode_timeout=60)
+    assert episode.status == "ok", episode.error
+    own = {call.index: marks_in(call.messages[-1]) for call in episode.calls}
+    for call in episode.calls:
+        shown = marks_in(call.messages[:-1])
+        earlier = {c.index for c in episode.calls[: call.index] if c.task_id == call.task_id}
+        expected = earlier | {index for index, marks in own.items() if marks & shown}
+        plain = {index for index, marks in own.items() if not marks}
+        assert set(call.parents) - plain == expected - plain, (call.index, call.node)
 
 
 def test_the_debates_of_the_trading_team_are_loops_and_the_analysts_are_parallel() -> None:

@@ -540,3 +540,34 @@ def test_of_a_copied_state_counts_what_the_prompt_shows():
 
     graph = chain(("one", asks("a", "q")), ("also", asks("b", "q")), ("two", two))
     assert check(graph) == [("one", ()), ("also", ()), ("two", (1,))]
+
+
+def test_an_item_of_what_an_outer_graph_wrote_is_sent_with_its_own_writer():
+    def fan(state):
+        return [Send("work", {"part": item}) for item in state["votes"]]
+
+    builder = StateGraph(State)
+    builder.add_node("plan", lambda state: {"c": say(state["q"])})
+    builder.add_node("work", lambda given: {"votes": [say(given["part"])]})
+    builder.add_edge(START, "plan")
+    builder.add_conditional_edges("plan", fan, ["work"])
+    inner = builder.compile()
+
+    outer = StateGraph(State)
+    for name in ("one", "two"):
+        outer.add_node(name, lambda state: {"votes": [say(state["q"])]})
+        outer.add_edge(START, name)
+        outer.add_edge(name, "inner")
+    outer.add_node("inner", inner)
+    got = check(outer.compile(), perturbed=False)
+    assert sorted(got)[:3] == [("inner/plan", ()), ("inner/work", (0,)), ("inner/work", (1,))]
+
+
+def test_of_two_answers_each_is_its_own_call_s():
+    def two(state):
+        first, second = say(state["q"]), say("else")
+        return {"a": first, "b": second}
+
+    graph = chain(("two", two), ("first", asks("c", "a")), ("second", asks("d", "b")))
+    got = [(call.node, call.parents) for call in play(graph).calls]
+    assert got == [("two", ()), ("two", (0,)), ("first", (0,)), ("second", (1,))]

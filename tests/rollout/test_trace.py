@@ -257,7 +257,7 @@ def test_a_graph_run_inside_a_node_depends_on_the_node_s_input_and_earlier_calls
     def lead(state):
         plan = say("plan")
         result = team.invoke({"a": plan})
-        return {"d": result["c"]}
+        return {"d": result["c"] + "!"}
 
     builder = StateGraph(State)
     builder.add_node("lead", lead)
