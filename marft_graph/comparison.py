@@ -27,6 +27,7 @@ from marft_graph.evaluation import (
     summarize,
 )
 from marft_graph.graph.compile import as_compiled, compile_graph
+from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.names import agent_path
 from marft_graph.policy.team import Team
 from marft_graph.rollout.inputs import AppInputs
@@ -166,13 +167,18 @@ def compare(
     if manifests:  # the base gets the limits of the adapters that it is compared with
         config = config.replace(**manifests[0].rollout)
     exported = dict.fromkeys(node for manifest in manifests for node in manifest.nodes)
-    nodes = tuple(exported) or _trained_nodes(app, examples, given, config)
+    frozen = {node for manifest in manifests for node in (*manifest.nodes, *manifest.frozen)}
+    nodes = tuple(exported)
+    if not nodes:
+        game = _trained_game(app, examples, given, config)
+        nodes, frozen = game.agents, set(game.frozen)
     episodes: dict[str, list[Episode]] = {}
     for name, source in policies.items():
         options: dict[str, Any] = {
             "reward": reward,
             "config": config,
             "given": given,
+            "frozen": sorted(frozen),
             "greedy": greedy,
             "group_size": episodes_per_example,
         }
@@ -215,15 +221,12 @@ def _reference(
     return against or next(iter(policies))
 
 
-def _trained_nodes(
+def _trained_game(
     app: Any, examples: Sequence[Mapping[str, Any]], given: AppInputs, config: TrainConfig
-) -> tuple[str, ...]:
+) -> FlexMG:
     """The nodes that would be trained, found as the trainer finds them."""
-    found = compile_graph(app)
-    if not found.agents or found.uncertain or set(config.nodes) - set(found.agents):
-        shown = [examples[i] for i in range(min(8, len(examples)))]
-        found = compile_graph(app, shown, given.inputs)
-    return found.training(config.nodes).agents
+    shown = [examples[i] for i in range(min(8, len(examples)))]
+    return compile_graph(app, shown, given.inputs).training(config.nodes)
 
 
 def _base_episodes(

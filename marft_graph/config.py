@@ -147,6 +147,11 @@ class TrainConfig:
     nodes: tuple[str, ...] = setting(
         (), "nodes to train, as `inspect` names them; none: every agent"
     )
+    new_nodes: Literal["stop", "freeze", "train"] = setting(
+        "stop",
+        "a node that calls a model and that neither code nor dry run showed: stop with an error, "
+        "freeze it (its own model answers), or train it (with a new adapter)",
+    )
     lora_rank: int = setting(16, "rank of each node's LoRA adapter", at_least=1, at_most=65_536)
     lora_alpha: float = setting(32.0, "LoRA scale: updates are multiplied by alpha / rank", above=0)
     lora_targets: tuple[str, ...] = setting(
@@ -498,6 +503,8 @@ def rollout_settings(config: TrainConfig, *, greedy: bool = False) -> RolloutSet
         schema_in_prompt=config.schema_in_prompt,
         fault_rewards=fault_rewards_of(config.fault_rewards),
         reward_errors=config.reward_errors,
+        # A node that is to be trained has no adapter yet: the trainer meets the error.
+        new_nodes="freeze" if config.new_nodes == "freeze" else "stop",
     )
 
 

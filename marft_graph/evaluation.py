@@ -145,11 +145,14 @@ def export_episodes(
     reward: Rewards,
     config: TrainConfig,
     given: AppInputs,
+    frozen: Sequence[str] = (),
     greedy: bool = False,
     group_size: int = 1,
     base_model: str | None = None,
 ) -> list[Episode]:
     """The episodes that `evaluate_export` sums up, `group_size` of each example.
+
+    `frozen` names more nodes whose own models answer on purpose.
 
     Raises:
         As `evaluate_export`.
@@ -170,6 +173,7 @@ def export_episodes(
             engine=engine,
             nodes=nodes,
             adapters=manifest.nodes,
+            frozen=(*manifest.frozen, *frozen),
             reward=reward,
             config=settings,
             given=given,
@@ -190,6 +194,7 @@ def held_out_episodes(
     config: TrainConfig,
     given: AppInputs,
     adapters: Mapping[str, str] | None = None,
+    frozen: Sequence[str] = (),
     greedy: bool = False,
     group_size: int = 1,
 ) -> list[Episode]:
@@ -201,6 +206,7 @@ def held_out_episodes(
         reward=reward,
         nodes=nodes,
         adapters=adapters or {},
+        frozen=frozen,
         given=given,
         settings=rollout_settings(config, greedy=greedy),
     )

@@ -27,6 +27,7 @@ from marft_graph.evaluation import failure_reasons
 from marft_graph.learn.groups import without_equal_groups
 from marft_graph.policy.team import Weights
 from marft_graph.ranks import Ranks
+from marft_graph.rollout.callsite import CallSite
 from marft_graph.rollout.cancellation import Cancellation
 from marft_graph.rollout.episodes import Rollout
 from marft_graph.rollout.inputs import AppInputs
@@ -62,6 +63,7 @@ class Sampler:
         data: where iterations take their examples.
         reward: of an episode.
         adapters: the trained nodes, and the name of each one's adapter.
+        frozen: nodes whose own models answer on purpose.
         given: how the app is called.
         ranks: processes that share the episodes.
         base: holds what the engine needs of the base model while episodes run.
@@ -76,6 +78,7 @@ class Sampler:
         *,
         reward: RewardFunction,
         adapters: Mapping[str, str],
+        frozen: Sequence[str] = (),
         given: AppInputs,
         ranks: Ranks,
         base: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -87,6 +90,9 @@ class Sampler:
         self._config = config
         self._reward = reward
         self._adapters = dict(adapters)
+        self._frozen = tuple(frozen)
+        self.new_nodes: dict[str, CallSite] = {}
+        """Nodes that first showed up in a rollout and are frozen since, by path."""
         self._given = given
         self._ranks = ranks
         self._turn = threading.Lock()
@@ -177,15 +183,23 @@ class Sampler:
                 engine=self._engine,
                 reward=self._reward,
                 nodes=list(self._adapters),
+                frozen=self._frozen,
                 adapters=self._adapters,
                 given=self._given,
                 settings=rollout_settings(self._config, greedy=greedy),
+                on_new_node=self._met,
                 cancellation=cancellation,
             )
             return rollout.run(own, seed=seed, first_example=share.start, group_size=group_size)
 
         with self._base():
             return self._ranks.together(lambda: run() if own else [])
+
+    def _met(self, site: CallSite) -> None:
+        """Tell of a node that nobody had decided on, once."""
+        if site.node not in self.new_nodes:
+            self.new_nodes[site.node] = site
+            logger.warning("%s; it answers from now on, as new_nodes is 'freeze'", site)
 
     def _refuse_failures(self, episodes: Sequence[Episode], iteration: int) -> None:
         failed = [episode for episode in episodes if not episode.ok]

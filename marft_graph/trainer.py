@@ -165,7 +165,6 @@ class Trainer:
         if earlier and os.path.exists(Path(earlier) / "manifest.json"):
             read_manifest(earlier)
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
-        found = compile_graph(self.graph)
         self._reward = as_reward_function(reward)
         given = AppInputs(inputs=inputs)
         self._app = None
@@ -183,8 +182,9 @@ class Trainer:
                 labels = check_examples(self.graph, [examples[0]], inputs, self._reward)
                 if warning := labels.warning(examples[0]):
                     logger.warning(warning)
-        if not found.agents or found.uncertain or set(self.config.nodes) - set(found.agents):
-            found = compile_graph(self.graph, shown, inputs)  # its code did not tell all
+        found = compile_graph(self.graph, shown, inputs)  # the code only guesses: the run decides
+        for note in found.notes:
+            logger.warning(note)
         self.nodes = found.training(self.config.nodes).agents
         agents = agents_of(self.nodes, self.config)
         _check_alternate_order(self.config, [agent.name for agent in agents])
@@ -234,6 +234,7 @@ class Trainer:
                 self.config,
                 reward=self._reward,
                 adapters={node: self.flex_mg.adapter(node) for node in self.nodes},
+                frozen=self.flex_mg.frozen,
                 given=given,
                 ranks=self._ranks,
                 # Each process decodes in its own steps: the local engine needs the whole base.
@@ -422,7 +423,15 @@ class Trainer:
         if self.config.engine == "vllm":
             served = vllm_engine(self.team, agents, self.config, self.run_dir, self._ranks)
         if self._app is not None:
-            return RolloutWorkers(self._app, self.nodes, self.team, agents, self.config, served)
+            return RolloutWorkers(
+                self._app,
+                self.nodes,
+                self.team,
+                agents,
+                self.config,
+                served,
+                frozen=self.flex_mg.frozen,
+            )
         return served or local_engine(self.team, self.config)
 
     # One iteration
@@ -490,6 +499,7 @@ class Trainer:
             "failed_by_reason": failure_reasons(episodes),
             "failed_by_node": failed_nodes(episodes),
             "faults_rewarded": sum(episode.ok and bool(episode.error) for episode in episodes),
+            "new_nodes": sorted(self._sampler.new_nodes),
             "threads_hung": hung_threads(),
             "out_of_memory": self._learner.out_of_memory - short_before,
             "microbatch_tokens": self._learner.microbatch_tokens,

@@ -11,7 +11,7 @@ import hashlib
 import random
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +22,8 @@ from langchain_core.runnables.config import ensure_config, merge_configs
 from langgraph.pregel import Pregel
 
 from marft_graph.deploy.exported import exported_team
-from marft_graph.deploy.manifest import read_manifest
+from marft_graph.deploy.manifest import Manifest, read_manifest
+from marft_graph.deploy.untrained import Untrained
 from marft_graph.engine.base import Completion, Engine
 from marft_graph.engine.routing import local_engine
 from marft_graph.errors import ConfigError, ExportError
@@ -32,6 +33,7 @@ from marft_graph.names import agent_path
 from marft_graph.policy.devices import check_device
 from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.rollout.answers import message_for, prompt_of, request_for
+from marft_graph.rollout.callsite import CallSite
 from marft_graph.rollout.intercept import intercepting
 from marft_graph.rollout.recorder import stable_seed
 from marft_graph.rollout.responder import InterceptedCall, Pending, Responder
@@ -114,11 +116,8 @@ def bind(
         require_grammar_library()
     responder = _Adapters(
         local_engine(exported_team(manifest, folder, device=device, base_model=base_model)),
-        adapters=manifest.nodes,
+        manifest,
         temperature=temperature,
-        max_new_tokens=manifest.max_new_tokens,
-        constrain_output=manifest.constrain_output,
-        schema_in_prompt=manifest.schema_in_prompt,
     )
     return BoundGraph(app, responder, share)
 
@@ -126,22 +125,14 @@ def bind(
 class _Adapters(Responder):
     """Answers each trained node's calls from its adapter."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        adapters: Mapping[str, str],
-        temperature: float,
-        max_new_tokens: int,
-        constrain_output: bool,
-        schema_in_prompt: bool,
-    ) -> None:
+    def __init__(self, engine: Engine, manifest: Manifest, *, temperature: float) -> None:
         self._engine = engine
-        self._adapters = adapters
+        self._adapters = manifest.nodes
         self._temperature = temperature
-        self._max_new_tokens = max_new_tokens
-        self._constrain_output = constrain_output
-        self._schema_in_prompt = schema_in_prompt
+        self._max_new_tokens = manifest.max_new_tokens
+        self._constrain_output = manifest.constrain_output
+        self._schema_in_prompt = manifest.schema_in_prompt
+        self._untrained = Untrained(manifest)
         self._lock = threading.Lock()
         self._repeats: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
@@ -158,6 +149,10 @@ class _Adapters(Responder):
     def agent_for(self, node: str) -> str | None:
         """The node's adapter, where one was exported."""
         return self._adapters.get(agent_path(node))
+
+    def passed(self, site: CallSite) -> None:
+        """Tell of a node whose own model answers, once."""
+        self._untrained.passed(site)
 
     def respond(self, call: InterceptedCall) -> Pending:
         """Submit the call; sampled answers differ from call to call, greedy ones do not."""

@@ -174,6 +174,7 @@ def _fill(
         "dtype": config.dtype,
         "graph_hash": flex_mg.hash,
         "nodes": of_node,
+        "frozen": list(flex_mg.frozen),
         "adapters": listed,
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,

@@ -40,6 +40,8 @@ class Manifest:
     """Whether special tokens in messages' text were encoded as such in training."""
     temperature: float | None = None
     """Sampling temperature in training; None: what the app asked for, else 1."""
+    frozen: Sequence[str] = ()
+    """Agent paths whose own models answered on purpose in training."""
     merged: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Adapter -> folder of its base model with the adapter merged in, where that was asked for."""
     serve: Sequence[str] = ()

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from marft_graph.deploy.manifest import Manifest
+from marft_graph.deploy.untrained import Untrained
 from marft_graph.errors import ConfigError
 from marft_graph.names import agent_path
+from marft_graph.rollout.callsite import CallSite
 from marft_graph.rollout.responder import Delegate, InterceptedCall, Responder
 from marft_graph.rollout.structure import schema_of, told
 
@@ -38,6 +40,7 @@ class ServerResponder(Responder):
         if timeout <= 0:
             raise ConfigError(f"timeout is {timeout}; it must be above 0")
         self._adapters = manifest.nodes
+        self._untrained = Untrained(manifest)
         self._schema_in_prompt = manifest.schema_in_prompt
         self._max_new_tokens = manifest.max_new_tokens
         self._temperature = temperature
@@ -56,6 +59,10 @@ class ServerResponder(Responder):
     def agent_for(self, node: str) -> str | None:
         """The node's adapter, where one was exported."""
         return self._adapters.get(agent_path(node))
+
+    def passed(self, site: CallSite) -> None:
+        """Tell of a node whose own model answers, once."""
+        self._untrained.passed(site)
 
     def respond(self, call: InterceptedCall) -> Delegate:
         """Ask the server for the call, within the limits that the app set."""

@@ -27,6 +27,7 @@ BASE = "base_model"
 _FREE = frozenset(
     {
         "iterations",
+        "new_nodes",
         "eval_every",
         "eval_examples",
         "checkpoint_every",

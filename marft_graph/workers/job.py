@@ -157,6 +157,8 @@ class Job:
     config: TrainConfig
     servers: ServersForWorkers | None
     """Where completions come from; None: from the worker's own copy of the models."""
+    frozen: tuple[str, ...] = ()
+    """Nodes whose own models answer on purpose."""
 
 
 @dataclass(frozen=True, slots=True)

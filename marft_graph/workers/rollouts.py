@@ -45,6 +45,7 @@ class RolloutWorkers:
         config: the run's settings.
         served: the servers that workers sample at; it is closed with this. None: every worker has
             models of its own.
+        frozen: nodes whose own models answer on purpose.
 
     `publish` starts what has to be started, and must be called before `run`.
     """
@@ -57,9 +58,12 @@ class RolloutWorkers:
         agents: Sequence[Agent],
         config: TrainConfig,
         served: VllmEngine | None,
+        *,
+        frozen: Sequence[str] = (),
     ) -> None:
         self._app = app
         self._nodes = tuple(nodes)
+        self._frozen = tuple(frozen)
         self._team = team
         self._agents = tuple(map(_with_whole_path, agents))
         self._config = config
@@ -159,6 +163,7 @@ class RolloutWorkers:
                 adapters=adapters_of(self._agents),
                 agents=self._agents,
                 config=config,
+                frozen=self._frozen,
                 servers=None if self._served is None else self._served.for_workers(),
             )
         )

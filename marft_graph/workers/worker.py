@@ -79,6 +79,7 @@ class RolloutWorker:
             engine=self._models.engine,
             reward=self._reward,
             nodes=self._job.nodes,
+            frozen=self._job.frozen,
             adapters=self._job.adapters,
             given=self._given,
             settings=rollout_settings(self._job.config, greedy=work.greedy),
