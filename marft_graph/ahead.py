@@ -9,6 +9,7 @@ one after another. After weights were put back, sampling begins anew with those,
 from __future__ import annotations
 
 import contextvars
+import copy
 import logging
 import threading
 from collections import deque
@@ -160,7 +161,9 @@ def _result_of(job: _Job) -> Sampled:
         return job.result.result()
     except MarftError as error:
         message = f"in the rollout of iteration {job.iteration}: {error}"
-        raise type(error)(message) from error
+        told = copy.copy(error)  # with what else it says of itself
+        told.args = (message,)
+        raise told from error
     except Exception as error:
         error.add_note(f"in the rollout of iteration {job.iteration}")
         raise

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from langgraph.pregel import Pregel
@@ -37,6 +37,7 @@ from marft_graph.errors import (
     DatasetError,
     MarftError,
     TrainingCollapsedError,
+    UndecidedCallError,
 )
 from marft_graph.evaluation import EVAL_SEED, Evaluation, failed_nodes, failure_reasons, summarize
 from marft_graph.graph.compile import as_compiled, compile_graph
@@ -45,11 +46,13 @@ from marft_graph.learn.groups import share_of_equal_groups
 from marft_graph.learn.memory import update_within_memory
 from marft_graph.learn.supervised import imitate
 from marft_graph.learn.update import Learner
+from marft_graph.new_nodes import Kept, agents_added, check_can_add
 from marft_graph.policy.adapters import check_base
 from marft_graph.policy.fingerprint import fingerprint
 from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team, Weights
 from marft_graph.ranks import Ranks, check_ranks, own_folder
+from marft_graph.rollout.dry_run import with_agent
 from marft_graph.rollout.inputs import AppInputs
 from marft_graph.rollout.rewards import Rewards, as_reward_function, mean_parts
 from marft_graph.rollout.runner import check_examples
@@ -98,6 +101,7 @@ class TrainResult:
     after_greedy: Evaluation | None
 
 
+_T = TypeVar("_T")
 _Evaluations = tuple[Evaluation | None, Evaluation | None]
 
 
@@ -166,7 +170,7 @@ class Trainer:
             read_manifest(earlier)
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
         self._reward = as_reward_function(reward)
-        given = AppInputs(inputs=inputs)
+        self._given = given = AppInputs(inputs=inputs)
         self._app = None
         if self.config.rollout_workers:
             prepare_ray(self.config.ray_address)
@@ -185,7 +189,12 @@ class Trainer:
         found = compile_graph(self.graph, shown, inputs)  # the code only guesses: the run decides
         for note in found.notes:
             logger.warning(note)
-        self.nodes = found.training(self.config.nodes).agents
+        grown = agents_added(run_dir, found) if self._may_grow and resume else ()
+        for node in grown:
+            found = with_agent(found, node)
+        trained = (*self.config.nodes, *grown) if self.config.nodes else ()
+        self._found = found
+        self.nodes = found.training(trained).agents
         agents = agents_of(self.nodes, self.config)
         _check_alternate_order(self.config, [agent.name for agent in agents])
         for base in dict.fromkeys(agent.base_model for agent in agents):
@@ -206,14 +215,7 @@ class Trainer:
         )
         try:
             self._extra_settings = dict(extra_settings or {})
-            self.team = Team.load(agents, self.config, self._ranks.sharding)
-            bases = dict.fromkeys(agent.base_model for agent in agents)
-            self._base_files = {base: fingerprint(base) for base in bases}
-            check_weights_can_be_kept(self.team, self.config)
-            if threads := self.config.cpu_threads or self._threads_beside_rollouts():
-                torch.set_num_threads(threads)
-            self._rates = {agent.name: agent.learning_rate for agent in agents}
-            self._learner = Learner(self.team, self.config, self._rates, self._ranks)
+            self._load_team(agents)
             self._health = Health(
                 entropy_floor=self.config.entropy_floor,
                 kl_ceiling=self.config.kl_ceiling,
@@ -225,31 +227,46 @@ class Trainer:
             """Whether weights, metrics and data position are those of one iteration."""
             self._saved_iteration: int | None = None
             plans = self._resume(accept_changes) if resume else {}
-            self._weights = self._weights_now()
-            self._engine = self._make_engine(agents)
-            self._sampler = Sampler(
-                self.graph,
-                self._engine,
-                self._data,
-                self.config,
-                reward=self._reward,
-                adapters={node: self.flex_mg.adapter(node) for node in self.nodes},
-                frozen=self.flex_mg.frozen,
-                given=given,
-                ranks=self._ranks,
-                # Each process decodes in its own steps: the local engine needs the whole base.
-                base=self.team.whole if self.config.engine == "local" else contextlib.nullcontext,
-            )
-            self._ahead = RolloutsAhead(
-                self._sampler,
-                staleness=self.config.staleness,
-                iterations=self.config.iterations,
-                patience=self.config.stop_timeout,
-                plans=plans,
-            )
+            self._start_sampling(agents, plans)
         except BaseException:
             self._lock.release()
             raise
+
+    def _load_team(self, agents: Sequence[Agent]) -> None:
+        """Adapters on their bases, and who updates them."""
+        self.team = Team.load(agents, self.config, self._ranks.sharding)
+        bases = dict.fromkeys(agent.base_model for agent in agents)
+        self._base_files = {base: fingerprint(base) for base in bases}
+        check_weights_can_be_kept(self.team, self.config)
+        if threads := self.config.cpu_threads or self._threads_beside_rollouts():
+            torch.set_num_threads(threads)
+        self._rates = {agent.name: agent.learning_rate for agent in agents}
+        self._learner = Learner(self.team, self.config, self._rates, self._ranks)
+
+    def _start_sampling(self, agents: Sequence[Agent], plans: Mapping[int, Weights]) -> None:
+        """The engine of the team, and the rollouts that ask it."""
+        self._weights = self._weights_now()
+        self._engine = self._make_engine(agents)
+        self._sampler = Sampler(
+            self.graph,
+            self._engine,
+            self._data,
+            self.config,
+            reward=self._reward,
+            adapters={node: self.flex_mg.adapter(node) for node in self.nodes},
+            frozen=self.flex_mg.frozen,
+            given=self._given,
+            ranks=self._ranks,
+            # Each process decodes in its own steps: the local engine needs the whole base.
+            base=self.team.whole if self.config.engine == "local" else contextlib.nullcontext,
+        )
+        self._ahead = RolloutsAhead(
+            self._sampler,
+            staleness=self.config.staleness,
+            iterations=self.config.iterations,
+            patience=self.config.stop_timeout,
+            plans=plans,
+        )
 
     # The public verbs
 
@@ -276,14 +293,14 @@ class Trainer:
             try:
                 with bar:
                     with self._ahead:
-                        before = self._first_evaluation(log)
+                        before = self._redone(lambda: self._first_evaluation(log))
                         while self._goes_on() and not self._ranks.any(stop.is_set()):
                             bar.update(self._step(log))
                         stop.check(is_asked=self._ranks.any(stop.is_set()))
                         self._idle.sum_up(read_metrics(self.run_dir))
                     if self.config.load_best:
                         self._put_back_best()
-                    after = self._evaluate_both(log, "after")
+                    after = self._redone(lambda: self._evaluate_both(log, "after"))
                 self._checkpoint(None if after[0] is None else after[0].return_mean)
             except BaseException as error:
                 if not isinstance(error, Stopped) or error.is_first:
@@ -434,6 +451,47 @@ class Trainer:
             )
         return served or local_engine(self.team, self.config)
 
+    # Nodes that first show up while it trains
+
+    @property
+    def _may_grow(self) -> bool:
+        return self.config.new_nodes == "train"
+
+    def _redone(self, work: Callable[[], _T]) -> _T:
+        """What `work` comes to, once each node that it meets has an adapter."""
+        while True:
+            try:
+                return work()
+            except UndecidedCallError as error:
+                if not self._may_grow or not error.agent or error.agent in self.nodes:
+                    raise
+                check_can_add(self.config, self._ranks)
+                self._add_node(error.agent)
+
+    def _add_node(self, node: str) -> None:
+        """Give a node an adapter; the team, its engine and its rollouts are made anew."""
+        logger.warning(
+            "node %r first asked its model after iteration %d: it gets an adapter (new_nodes is "
+            "'train'), and what it was met in is done again",
+            node,
+            self.iteration,
+        )
+        self._ahead.stop()
+        self._engine.close()
+        kept = Kept.of(self.team, self._learner, self.run_dir)
+        self._found = with_agent(self._found, node)
+        self.nodes = (*self.nodes, node)
+        agents = agents_of(self.nodes, self.config)
+        self.flex_mg = self._found.training(self.nodes, adapters_of(agents))
+        self._idle = IdleNodes(self.nodes)
+        self._load_team(agents)
+        kept.put_back(self.team, self._learner)
+        self._start_sampling(agents, {})
+        settings = {**self.config.to_dict(), **self._extra_settings}
+        describe_run(self.run_dir, settings, self.flex_mg, self._base_files)
+        if self.iteration:
+            self._checkpoint(None)
+
     # One iteration
 
     def _first_evaluation(self, log: MetricsLog) -> _Evaluations:
@@ -452,14 +510,14 @@ class Trainer:
 
     def _step(self, log: MetricsLog) -> dict[str, Any]:
         """One iteration with what follows it: recovery or evaluation, and checkpoint."""
-        row = self._iterate()
+        row = self._redone(self._iterate)
         log.write(row)
         if row["collapsed"] is not None:
             self._recover(row["collapsed"])
         elif self._eval is not None and _due(
             self.config.eval_every, self.iteration, self.config.iterations
         ):
-            row |= self._log_evaluation(log, self.evaluate())
+            row |= self._log_evaluation(log, self._redone(self.evaluate))
         self._is_between_steps = True
         if _due(self.config.checkpoint_every, self.iteration, self.config.iterations) or (
             self._state.best_iteration == self.iteration

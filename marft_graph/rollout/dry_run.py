@@ -19,6 +19,7 @@ from langchain_core.messages import AIMessage
 from marft_graph.engine.base import GenerationRequest
 from marft_graph.engine.fake import FakeEngine
 from marft_graph.episode import Episode, observations
+from marft_graph.errors import UndecidedCallError
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.names import agent_path
 from marft_graph.rollout.inputs import InputFunction
@@ -27,7 +28,7 @@ from marft_graph.rollout.structure import schema_of
 
 TEXT = "dry run"
 _MOST_EXAMPLES = 8
-_SECONDS = 30.0
+_SECONDS = 10.0
 
 
 def add_dry_run(
@@ -37,6 +38,9 @@ def add_dry_run(
     inputs: InputFunction | None = None,
 ) -> FlexMG:
     """The Flex-MG with what some runs showed: more agents, and how often each calls its model.
+
+    Every model is answered from a script, or the run ends before anything has left for it; a run
+    that takes longer than ten seconds is given up. Notes say which runs failed, and why.
 
     Args:
         flex_mg: of the same app, as compiled.
@@ -48,6 +52,8 @@ def add_dry_run(
         DatasetError: no examples, or an example without the graph's input keys.
     """
     engine = FakeEngine(answer)
+    episodes: list[Episode] = []
+    undecided = ""
     try:
         episodes = run_episodes(
             graph,
@@ -56,8 +62,12 @@ def add_dry_run(
             inputs=inputs,
             episode_timeout=_SECONDS,
         )
+    except UndecidedCallError as error:  # no call leaves: what cannot be scripted ends the run
+        undecided = str(error)
     finally:
         engine.close()
+    if undecided:
+        return replace(flex_mg, notes=(f"dry run: it was stopped: {undecided}",))
     found = flex_mg.graph.copy()
     for node in {agent_path(call.node) for episode in episodes for call in episode.calls}:
         _add_agent(found, node)
@@ -68,6 +78,13 @@ def add_dry_run(
             data["calls"] = round(calls / len(whole), 2)
     result = replace(flex_mg, graph=found, notes=()).observed(observations(whole))
     return replace(result, notes=(*_notes(result, episodes),))
+
+
+def with_agent(flex_mg: FlexMG, node: str) -> FlexMG:
+    """The Flex-MG with one more agent, which a run showed."""
+    graph = flex_mg.graph.copy()
+    _add_agent(graph, node)
+    return replace(flex_mg, graph=graph)
 
 
 def answer(request: GenerationRequest) -> str | AIMessage:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,7 +151,8 @@ def trace_episode(
     """
     last = attempts or {}
     kept = [index for index, call in enumerate(calls) if is_last_attempt(call.attempts, last)]
-    tracer = _Tracer(calls, kept, shape, ReadLog() if reads is None else reads)
+    tracer = _Tracer(calls, shape, ReadLog() if reads is None else reads)
+    tracer.assign(kept, {event.payload["id"] for event in events if event.mode == "tasks"})
     for event in events:
         tracer.see(event)
     order = _in_order(kept, tracer.finished(), calls)
@@ -344,9 +345,7 @@ class _Run:
 class _Tracer:
     """Replays an episode's events."""
 
-    def __init__(
-        self, calls: Sequence[CallMark], kept: Sequence[int], shape: GraphShape, reads: ReadLog
-    ) -> None:
+    def __init__(self, calls: Sequence[CallMark], shape: GraphShape, reads: ReadLog) -> None:
         self.calls = calls
         self._reads = reads
         self.parents: dict[int, Calls] = {}
@@ -356,8 +355,12 @@ class _Tracer:
         self._atoms = Atoms()
         self._tasks: dict[str, _Task] = {}
         self._calls_of: dict[str, list[int]] = {}
-        for index in sorted(kept, key=lambda index: calls[index].begun):
-            self._calls_of.setdefault(_task_id(calls[index].namespace.split("|")), []).append(index)
+
+    def assign(self, kept: Sequence[int], reported: Collection[str]) -> None:
+        """Give the calls that count to the tasks that made them."""
+        for index in sorted(kept, key=lambda index: self.calls[index].begun):
+            task = _task_id(self.calls[index].namespace.split("|"), reported)
+            self._calls_of.setdefault(task, []).append(index)
 
     def see(self, event: Event) -> None:
         run = self._run(event.namespace)
@@ -650,6 +653,7 @@ def _may_send(targets: frozenset[str] | None, name: str) -> bool:
     return targets is None or name in targets
 
 
-def _task_id(namespace: Sequence[str]) -> str:
-    named = [part for part in namespace if not part.isdigit()]
-    return named[-1].rpartition(":")[2] if named else ""
+def _task_id(namespace: Sequence[str], reported: Collection[str]) -> str:
+    """The innermost reported task of a namespace: a graph with a thread of its own reports none."""
+    ids = [part.rpartition(":")[2] for part in namespace if not part.isdigit()]
+    return next((name for name in reversed(ids) if name in reported), ids[-1] if ids else "")
