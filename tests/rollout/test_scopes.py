@@ -213,7 +213,9 @@ def test_what_tools_run_is_named_by_graph_or_tool() -> None:
 
     engine = FakeEngine(script)
     lead = create_agent(llm, tools)
-    (episode,) = run_episodes(lead, [{"messages": [("user", "hi")]}], engine=engine, max_new_tokens=2000)
+    (episode,) = run_episodes(
+        lead, [{"messages": [("user", "hi")]}], engine=engine, max_new_tokens=2000
+    )
     engine.close()
     assert episode.ok, episode.error
     assert {call.node for call in episode.calls} == {
