@@ -164,7 +164,7 @@ def test_new_nodes_are_trained(engine: FakeEngine) -> None:
 
 
 def test_a_plain_language_model_is_refused_or_frozen(engine: FakeEngine) -> None:
-    with pytest.raises(UndecidedCallError, match="plain language model.*use its chat model"):
+    with pytest.raises(UndecidedCallError, match=r"plain language model.*use its chat model"):
         run_episodes(app(completing), Questions, engine=engine)
     (episode,) = run_episodes(app(completing), Questions, engine=engine, new_nodes="freeze")
     assert episode.state["answer"] == "own"
