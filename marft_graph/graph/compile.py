@@ -26,7 +26,7 @@ from marft_graph.graph.channels import (
 )
 from marft_graph.graph.dataflow import Node, Scope, Trigger, flows
 from marft_graph.graph.flex_mg import END, START, FlexMG
-from marft_graph.graph.roles import Findings, graph_name, inspect_node
+from marft_graph.graph.roles import Findings, graph_name, inspect_node, remembering
 from marft_graph.graph.source import Reading, read_source
 from marft_graph.graph.state_use import ALL, StateUse, state_use
 from marft_graph.names import agent_path, inner_path, vertex_name
@@ -81,7 +81,8 @@ def compile_graph(
 
 def _compile(graph: Any) -> FlexMG:
     compiler = _Compiler()
-    top = compiler.scope(as_compiled(graph), "", frozenset())
+    with remembering():
+        top = compiler.scope(as_compiled(graph), "", frozenset())
     compiler.graph.add_node(START, role="boundary")
     compiler.graph.add_node(END, role="boundary")
     entries, exits = compiler.connect(top)

@@ -6,6 +6,8 @@ Runnables it is made of are searched for chat models and for other graphs (`sear
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import dis
 import functools
@@ -29,6 +31,8 @@ from marft_graph.names import inner_path
 __all__ = ["Findings", "codes", "graph_name", "inspect_node", "reachable"]
 
 _DEPTH = 6
+_Known = dict[int, tuple[Any, "Findings"]]
+_remembered: contextvars.ContextVar[_Known | None] = contextvars.ContextVar("found", default=None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,9 +71,28 @@ def inspect_node(bound: Any) -> Findings:
     Args:
         bound: the node's Runnable (`app.nodes[name].bound`).
     """
+    known = _remembered.get()
+    if known is not None and id(bound) in known:
+        return known[id(bound)][1]
     search = Search()
     calls = search.touch(bound)
-    return _findings(search, calls, frozenset())
+    found = _findings(search, calls, frozenset())
+    if known is not None:
+        known[id(bound)] = bound, found
+    return found
+
+
+@contextlib.contextmanager
+def remembering() -> Iterator[None]:
+    """Inside, what was searched once is not searched again: nothing of it may change meanwhile."""
+    if _remembered.get() is not None:
+        yield
+        return
+    token = _remembered.set({})
+    try:
+        yield
+    finally:
+        _remembered.reset(token)
 
 
 def graph_name(graph: Pregel[Any, Any, Any, Any]) -> str:
