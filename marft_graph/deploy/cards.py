@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer
 
+from marft_graph.names import agent_of_adapter
 from marft_graph.policy.chat import PLAIN_TEMPLATE
 from marft_graph.policy.fingerprint import base_folder
 from marft_graph.policy.tool_formats import detect_format
@@ -73,7 +74,7 @@ def model_card(adapter: str, manifest: Mapping[str, Any]) -> str:
     base = own["base_model"] + (f", revision {own['revision']}" if own.get("revision") else "")
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n"
-        f"# {adapter}\n\n"
+        f"# {agent_of_adapter(adapter)}\n\n"
         f"LoRA adapter (rank {own['lora_rank']}) of the node{'s' if len(nodes) > 1 else ''} "
         f"{', '.join(f'`{node}`' for node in nodes)} of a LangGraph app, trained by marft-graph "
         "with multi-agent reinforcement fine-tuning. It was trained together with the app's other "

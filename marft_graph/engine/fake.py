@@ -219,7 +219,9 @@ class FakeEngine:
             answer = self._script.get(agent, self._script.get(agent_of_adapter(agent)))
             if answer is None:
                 known = ", ".join(map(repr, self._script)) or "nothing"
-                raise EngineError(f"the script has no answer for {agent!r}; it has {known}")
+                raise EngineError(
+                    f"the script has no answer for {agent_of_adapter(agent)!r}; it has {known}"
+                )
         if callable(answer):
             given = (agent, list(request.messages), list(request.tools))
             count = len(inspect.signature(answer).parameters)
@@ -230,7 +232,7 @@ class FakeEngine:
             answer = answer[turn % len(answer)]
         if not isinstance(answer, str | AIMessage | Exception):
             raise EngineError(
-                f"the script answered {answer!r} for {agent!r}; an answer is a text, an AIMessage "
+                f"the script answered {answer!r} for {agent_of_adapter(agent)!r}; an answer is a text, an AIMessage "
                 "or an exception"
             )
         return answer

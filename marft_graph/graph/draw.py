@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import networkx as nx
 
 from marft_graph.graph.flex_mg import END, START, Evidence, FlexMG
+from marft_graph.names import agent_of_adapter
 
 _SHOWN = 10
 _KNOWN = {
@@ -35,7 +36,7 @@ def summary(flex_mg: FlexMG) -> str:
         calls = flex_mg.graph.nodes[agent].get("calls")
         often = "" if calls is None else f"  ({calls:g} calls a run)"
         adapter = flex_mg.graph.nodes[agent].get("adapter")
-        often += "" if adapter is None else f"  [adapter {adapter}]"
+        often += "" if adapter is None else f"  [adapter {agent_of_adapter(adapter)}]"
         lines.append(f"  {agent:<{width}}  observes {_observed(flex_mg, agent)}{often}")
     if flex_mg.frozen:
         lines.append(f"frozen (call a model, not trained): {', '.join(flex_mg.frozen)}")

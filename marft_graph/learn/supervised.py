@@ -19,6 +19,7 @@ from marft_graph.config import MICROBATCH_TOKENS
 from marft_graph.episode import Call
 from marft_graph.errors import DatasetError, TrainingCollapsedError
 from marft_graph.learn.batches import microbatches, score
+from marft_graph.names import agent_of_adapter
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.team import Team
 
@@ -96,7 +97,7 @@ def imitate(
         calls = [call for one in own if (call := as_call(one, agent, policy)) is not None]
         if not calls:
             raise DatasetError(
-                f"{agent}: none of its {len(own)} demonstrations fits the model's context of "
+                f"{agent_of_adapter(agent)}: none of its {len(own)} demonstrations fits the model's context of "
                 f"{policy.codec.context_length} tokens"
             )
         rate = learning_rate[agent] if isinstance(learning_rate, Mapping) else learning_rate
@@ -193,7 +194,7 @@ def _fit(
             if not torch.isfinite(norm):
                 optimizer.zero_grad(set_to_none=True)
                 raise TrainingCollapsedError(
-                    f"{agent}: the gradient's norm on demonstrations is {norm:g}; no step was made"
+                    f"{agent_of_adapter(agent)}: the gradient's norm on demonstrations is {norm:g}; no step was made"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -398,7 +398,7 @@ class Learner:
         if not (math.isfinite(sums["policy"]) and math.isfinite(float(norm))):
             optimizer.zero_grad(set_to_none=True)
             raise TrainingCollapsedError(
-                f"{agent}: the policy loss is {sums['policy']} and its gradient's norm {norm:g}; "
+                f"{agent_of_adapter(agent)}: the policy loss is {sums['policy']} and its gradient's norm {norm:g}; "
                 "no step was made"
             )
         optimizer.step()

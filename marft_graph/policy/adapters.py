@@ -176,7 +176,9 @@ class Policy:
         model: PeftModel | None = None
         for agent, folder in folders.items():
             if not (folder / _WEIGHTS).is_file():  # PEFT would read a pickle in its place
-                raise ModelError(f"the adapter of {agent!r} in {folder} has no {_WEIGHTS}")
+                raise ModelError(
+                    f"the adapter of {agent_of_adapter(agent)!r} in {folder} has no {_WEIGHTS}"
+                )
             try:
                 if model is None:
                     model = quietly(
@@ -186,7 +188,7 @@ class Policy:
                     model.load_adapter(folder, adapter_name=_PREFIX + agent)
             except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
                 raise ModelError(
-                    f"cannot load the adapter of {agent!r} from {folder}: {error}"
+                    f"cannot load the adapter of {agent_of_adapter(agent)!r} from {folder}: {error}"
                 ) from error
         if model is None:
             raise ModelError("no adapter folder was given")
@@ -466,7 +468,8 @@ class Policy:
         own = self._own_parameters(agent)
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
             raise ModelError(
-                f"{source} was made with another base model, rank or LoRA targets than {agent!r}"
+                f"{source} was made with another base model, rank or LoRA targets than "
+                f"{agent_of_adapter(agent)!r}"
             )
         with torch.no_grad():
             for name, parameter in own.items():

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from marft_graph.names import agent_of_adapter
+
 T = TypeVar("T")
 Row = Mapping[str, Any]
 
@@ -156,11 +158,11 @@ def _of_agent(agent: str, rows: Sequence[Row]) -> Iterator[Advice]:
     for sign in _SIGNS:
         value = recent_figure(agent, sign.figure, rows)
         if value is not None and sign.is_bad(value):
-            yield Advice(sign.words.format(agent=agent, value=value), sign.remedy)
+            yield Advice(sign.words.format(agent=agent_of_adapter(agent), value=value), sign.remedy)
     start, end = (find(agent, "entropy", rows) for find in (first_figure, recent_figure))
     if start is not None and end is not None and end < ENTROPY_LEFT * start:
         yield Advice(
-            f"the entropy of {agent} fell from {start:.3f} to {end:.3f} nats per token: it says "
+            f"the entropy of {agent_of_adapter(agent)} fell from {start:.3f} to {end:.3f} nats per token: it says "
             "nearly the same every time",
             "That is right where the task has one answer. Else a higher entropy_coef, kl_coef or "
             "temperature, or a lower learning_rate.",

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from marft_graph.names import agent_of_adapter
+
 _WINDOW = 5
 """Iterations whose mean return is compared with the best such mean: one batch is too noisy."""
 
@@ -43,7 +45,8 @@ class Health:
 
     def problem(self, row: Mapping[str, Any]) -> str | None:
         """What an iteration's metrics show to be wrong, or None; call it once an iteration."""
-        for agent, stats in row["agents"].items():
+        for adapter, stats in row["agents"].items():
+            agent = agent_of_adapter(adapter)
             for name, value in stats.items():
                 if name.startswith("loss") and not math.isfinite(value):
                     return f"{name} of {agent} is {value}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from marft_graph.names import agent_of_adapter
 from marft_graph.run.curves import Curve, line_chart
 from marft_graph.run.node_table import tokens_by_iteration
 
@@ -44,12 +45,18 @@ def curves_section(rows: Sequence[Row], evaluations: Sequence[Row]) -> str:
         line_chart("Rewards", [_inner("rewards", name, rows) for name in rewards]),
         line_chart(
             "Tokens sampled in an iteration",
-            [Curve(agent, list(tokens_by_iteration(agent, rows).items())) for agent in agents],
+            [
+                Curve(agent_of_adapter(agent), list(tokens_by_iteration(agent, rows).items()))
+                for agent in agents
+            ],
         ),
     ]
     for figure, title in _BY_AGENT:
         curves = [
-            Curve(agent, _numbers((row, row["agents"].get(agent, {}).get(figure)) for row in rows))
+            Curve(
+                agent_of_adapter(agent),
+                _numbers((row, row["agents"].get(agent, {}).get(figure)) for row in rows),
+            )
             for agent in agents
         ]
         charts.append(line_chart(title, curves))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from marft_graph.graph.flex_mg import FlexMG
+from marft_graph.names import agent_of_adapter
 from marft_graph.run.advice import figures, first_figure, recent_figure
 from marft_graph.run.comparison_page import readable_text
 
@@ -86,7 +87,7 @@ def calls_per_episode(agent: str, rows: Sequence[Row]) -> float | None:
 
 def _furthest(agents: Sequence[str], rows: Sequence[Row]) -> str:
     moved = {agent: recent_figure(agent, "kl", rows) for agent in agents}
-    known = sorted((kl, agent) for agent, kl in moved.items() if kl is not None)
+    known = sorted((kl, agent_of_adapter(agent)) for agent, kl in moved.items() if kl is not None)
     if len(known) < 2:
         return ""
     (least, still), (most, mover) = known[0], known[-1]
@@ -130,4 +131,5 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _named(agent: str, nodes: Sequence[str]) -> str:
-    return agent if nodes in ([], [agent]) else f"{agent} ({', '.join(nodes)})"
+    shown = agent_of_adapter(agent)
+    return shown if nodes in ([], [shown]) else f"{shown} ({', '.join(nodes)})"
