@@ -232,8 +232,8 @@ class FakeEngine:
             answer = answer[turn % len(answer)]
         if not isinstance(answer, str | AIMessage | Exception):
             raise EngineError(
-                f"the script answered {answer!r} for {agent_of_adapter(agent)!r}; an answer is a text, an AIMessage "
-                "or an exception"
+                f"the script answered {answer!r} for {agent_of_adapter(agent)!r}; an "
+                "answer is a text, an AIMessage or an exception"
             )
         return answer
 

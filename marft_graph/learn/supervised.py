@@ -97,8 +97,8 @@ def imitate(
         calls = [call for one in own if (call := as_call(one, agent, policy)) is not None]
         if not calls:
             raise DatasetError(
-                f"{agent_of_adapter(agent)}: none of its {len(own)} demonstrations fits the model's context of "
-                f"{policy.codec.context_length} tokens"
+                f"{agent_of_adapter(agent)}: none of its {len(own)} demonstrations fits the "
+                f"model's context of {policy.codec.context_length} tokens"
             )
         rate = learning_rate[agent] if isinstance(learning_rate, Mapping) else learning_rate
         losses = _fit(
@@ -194,7 +194,8 @@ def _fit(
             if not torch.isfinite(norm):
                 optimizer.zero_grad(set_to_none=True)
                 raise TrainingCollapsedError(
-                    f"{agent_of_adapter(agent)}: the gradient's norm on demonstrations is {norm:g}; no step was made"
+                    f"{agent_of_adapter(agent)}: the gradient's norm on demonstrations is "
+                    f"{norm:g}; no step was made"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

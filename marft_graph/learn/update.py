@@ -28,6 +28,7 @@ from marft_graph.learn.losses import (
 from marft_graph.learn.order import sequential_factors, turns
 from marft_graph.learn.schedule import rate_share
 from marft_graph.learn.sizing import find_microbatch_tokens, memory_of
+from marft_graph.names import agent_of_adapter
 from marft_graph.policy.critic import ValueHead
 from marft_graph.policy.rows import Row
 from marft_graph.policy.team import Team
@@ -398,8 +399,8 @@ class Learner:
         if not (math.isfinite(sums["policy"]) and math.isfinite(float(norm))):
             optimizer.zero_grad(set_to_none=True)
             raise TrainingCollapsedError(
-                f"{agent_of_adapter(agent)}: the policy loss is {sums['policy']} and its gradient's norm {norm:g}; "
-                "no step was made"
+                f"{agent_of_adapter(agent)}: the policy loss is {sums['policy']} and its "
+                f"gradient's norm {norm:g}; no step was made"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

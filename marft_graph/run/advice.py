@@ -162,8 +162,8 @@ def _of_agent(agent: str, rows: Sequence[Row]) -> Iterator[Advice]:
     start, end = (find(agent, "entropy", rows) for find in (first_figure, recent_figure))
     if start is not None and end is not None and end < ENTROPY_LEFT * start:
         yield Advice(
-            f"the entropy of {agent_of_adapter(agent)} fell from {start:.3f} to {end:.3f} nats per token: it says "
-            "nearly the same every time",
+            f"the entropy of {agent_of_adapter(agent)} fell from {start:.3f} to {end:.3f} nats per "
+            "token: it says nearly the same every time",
             "That is right where the task has one answer. Else a higher entropy_coef, kl_coef or "
             "temperature, or a lower learning_rate.",
         )

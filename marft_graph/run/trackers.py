@@ -30,6 +30,7 @@ from accelerate.tracking import (
 )
 
 from marft_graph.errors import CheckpointError, ConfigError
+from marft_graph.names import agent_of_adapter
 from marft_graph.run.folder import write_text_atomically
 from marft_graph.secret import hiding, without_secrets
 
@@ -266,5 +267,7 @@ def _is_figure(value: Any) -> bool:
 def _name(hide: Callable[[str], str], path: tuple[str, ...]) -> str:
     """A name that every service accepts: letters, digits, `_`, `-`, `.`, spaces and `/`."""
     first, *rest = path
+    if first == "agents" and rest:
+        rest[0] = agent_of_adapter(rest[0])
     parts = (re.sub(r"[^\w.\- ]", "_", hide(part)) for part in (_GROUPS.get(first, first), *rest))
     return "/".join(parts)[:_LONGEST_NAME]
