@@ -6,7 +6,7 @@ token ids. It knows nothing of graphs, episodes or rewards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -122,6 +122,10 @@ class WritesToolCalls(Protocol):
 
         Empty where the form is not known.
         """
+        ...
+
+    def answer_grammar(self, schema: Mapping[str, Any]) -> str:
+        """What a completion must fit to be an answer by a JSON schema, as a request's `grammar`."""
         ...
 
 

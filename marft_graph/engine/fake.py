@@ -89,6 +89,10 @@ class ByteCodec:
         """Text of bytes, the end of a sequence left out."""
         return bytes(token for token in ids if token != END_OF_SEQUENCE).decode(errors="replace")
 
+    def answer_grammar(self, schema: Mapping[str, Any]) -> str:
+        """The schema itself."""
+        return json.dumps(schema)
+
     @property
     def shows_tools(self) -> bool:
         """Always: in the first line."""

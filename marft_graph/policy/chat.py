@@ -274,6 +274,11 @@ class TokenizerCodec:
             for function in functions
         )
 
+    def answer_grammar(self, schema: Mapping[str, Any]) -> str:
+        """The JSON schema, or a form of it after thoughts that a prompt has opened."""
+        thoughts = self._thoughts()
+        return one_of([[*thoughts, dict(schema)]]) if thoughts else json.dumps(schema)
+
     def _thoughts(self) -> list[Part]:
         """What may come before an answer after a prompt that already ends inside the reasoning."""
         if self._reasoning is None or not self._is_thinking:

@@ -6,7 +6,8 @@ trained. It knows schemas, tokenizers and bits, but no models, requests or episo
 Answers are JSON on one line, `{"a": 1, "b": [2, 3]}`, with the properties that the schema names, in
 its order. Keywords that xgrammar does not know (`not`, `uniqueItems`, `multipleOf` of a number) are
 not enforced, and a string may escape half a surrogate pair, which pydantic refuses. JSON begins
-with the first token: the thinking of a reasoning model before its answer is out of scope.
+with the first token, or after the thoughts of a model whose prompts end inside them; thinking that
+a model may begin by itself is not allowed.
 
 A forced tool call has a form (`policy.forms`): the text of the model's own tool format around the
 JSON of the tool's parameters. Tokens that mark a call there may be special ones.

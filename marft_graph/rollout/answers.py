@@ -213,7 +213,11 @@ def _grammar(call: InterceptedCall, codec: ChatCodec) -> str:
         return ""
     try:
         schema = schema_of(call.response_format)
-        return "" if schema is None else json.dumps(schema)
+        if schema is None:
+            return ""
+        if isinstance(codec, WritesToolCalls):
+            return codec.answer_grammar(schema)
+        return json.dumps(schema)
     except (PydanticUserError, TypeError, ValueError) as error:
         raise ConfigError(
             f"constrain_output: what node {call.node!r} asks for has no JSON schema: {error}"

@@ -133,3 +133,14 @@ def test_a_form_is_told_from_a_schema_that_speaks_of_forms():
     schema = json.dumps({"type": "string", "description": "marft_graph_form"})
     assert choices_in(schema) is None
     assert choices_in(one_of([["a", {"type": "integer"}]])) == [["a", {"type": "integer"}]]
+
+
+def test_an_answer_by_a_schema_may_end_the_thoughts_that_its_prompt_has_opened():
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    codec = make_codec("qwen3_5_think")
+    form = codec.answer_grammar(schema)
+    for seed in range(3):
+        message = codec.parse(sampled(codec, "qwen3_5_think", form, seed))
+        assert json.loads(message.text).keys() == {"n"}
+    assert codec.answer_grammar(schema) != make_codec("qwen3").answer_grammar(schema)
+    assert json.loads(make_codec("qwen3").answer_grammar(schema)) == schema
