@@ -216,6 +216,8 @@ class _Task:
     """What it did read."""
     calls: list[int] = field(default_factory=list)
     runs: list[_Run] = field(default_factory=list)
+    subtasks: list[_Task] = field(default_factory=list)
+    """Tasks of the functional API that its code called."""
     parts: dict[int, str] | None = None
     """The channel of each object in what it was given, by the object's id, once asked for."""
     seen_by_branches: Calls | None = None
@@ -240,20 +242,37 @@ class _Task:
         for run in self.runs:
             if run.last_moment(tracer) < moment:
                 earlier |= run.everything()
+        earlier |= self._results(moment, tracer)
         return self.input_at(moment, tracer, text) | earlier
+
+    def _results(self, moment: float, tracer: _Tracer) -> Calls:
+        """What the results of its subtasks depend on; one that went into another stands for it."""
+        over = [task for task in self.subtasks if task.last_moment(tracer) < moment]
+        inside = [call for task in over for call in task.all_calls()]
+        used = _NONE.union(*(tracer.parents.get(call, _NONE) for call in inside))
+        return _NONE.union(*(task.output(tracer) for task in over)) - used
+
+    def last_moment(self, tracer: _Tracer) -> int:
+        """When the last call that its result depends on ended."""
+        calls = [*self.known, *self.all_calls()]
+        return max((tracer.calls[call].ended for call in calls), default=-1)
 
     def output(self, tracer: _Tracer) -> Calls:
         """What the task's writes depend on: its last calls, or its input where it made none."""
         calls = [call for call in self.calls if not self.is_router(call, tracer)]
-        if not calls and not any(run.calls() for run in self.runs):
-            return self.input_at(math.inf, tracer)
-        inside = [*calls, *(call for run in self.runs for call in run.calls())]
+        inside = [*calls, *self._nested_calls()]
+        if not inside:
+            return self.input_at(math.inf, tracer) | self._results(math.inf, tracer)
         used = _NONE.union(*(tracer.parents.get(call, _NONE) for call in inside))
         output = frozenset(calls) - used
         for run in self.runs:
             end = run.last_moment(tracer)
             if not any(end < tracer.calls[call].begun for call in calls):
                 output |= run.everything()
+        for task in self.subtasks:
+            end = task.last_moment(tracer)
+            if not any(end < tracer.calls[call].begun for call in calls):
+                output |= task.output(tracer) - used
         return output
 
     def has_read(self, channel: str) -> bool:
@@ -269,7 +288,8 @@ class _Task:
     def output_of(self, channel: str, tracer: _Tracer, value: Any = None) -> Calls:
         """The same for one channel: a node that is a graph hands its channels over by name."""
         if self.runs and self.is_graph:
-            return self.runs[-1].of_channel(channel)
+            left = [task for task in self.runs[-1].tasks if not task.is_over]  # Command(PARENT)
+            return self.runs[-1].of_channel(channel).union(*(t.output(tracer) for t in left))
         passed_on = tracer.passed_on(self, value)
         if passed_on is not None:
             return passed_on
@@ -284,8 +304,12 @@ class _Task:
         return self.seen.is_graph or (shape is not None and self.name in shape.subgraphs)
 
     def all_calls(self) -> list[int]:
-        """The task's calls and those of the graphs that it ran."""
-        return self.calls + [call for run in self.runs for call in run.calls()]
+        """The task's calls and those of the graphs and subtasks that it ran."""
+        return self.calls + self._nested_calls()
+
+    def _nested_calls(self) -> list[int]:
+        subtasks = [call for task in self.subtasks for call in task.all_calls()]
+        return [call for run in self.runs for call in run.calls()] + subtasks
 
 
 @dataclass(slots=True)
@@ -438,7 +462,11 @@ class _Tracer:
             self._apply_writes(run)
             run.previous, run.current = run.current, []
         name, seen = payload["name"], self._reads.tasks.get(payload["id"], TaskReads())
-        if _SEND_TRIGGER in payload["triggers"]:
+        caller = self._caller(run, payload)
+        reads: dict[str, Calls] = {}
+        if caller is not None:
+            known = caller.known_at(self._first_call_of(payload["id"]), self)
+        elif _SEND_TRIGGER in payload["triggers"]:
             known, reads = self._sent_by(run, name, payload["input"])
         else:
             reads = {channel: run.of_channel(channel) for channel in _read(run, payload)}
@@ -447,9 +475,29 @@ class _Tracer:
         calls = self._calls_of.get(payload["id"], [])
         given, is_sent = payload["input"], _SEND_TRIGGER in payload["triggers"]
         task = _Task(name, run, known, reads, held, given, is_sent, seen, calls)
-        run.current.append(task)
-        run.tasks.append(task)
+        if caller is None:
+            run.current.append(task)
+            run.tasks.append(task)
+        else:
+            caller.subtasks.append(task)
         self._tasks[payload["id"]] = task
+
+    def _caller(self, run: _Run, payload: Mapping[str, Any]) -> _Task | None:
+        """The task whose code called a task of the functional API; None for other tasks."""
+        match payload["input"]:
+            case (tuple(), dict()) if _SEND_TRIGGER in payload["triggers"]:
+                pass
+            case _:
+                return None
+        for call in self.calls:  # the namespaces of its calls name it
+            ids = [part.rpartition(":")[2] for part in call.namespace.split("|")]
+            if payload["id"] in ids[1:]:
+                return self._tasks.get(ids[ids.index(payload["id"]) - 1])
+        return next((task for task in run.current if not task.is_over), None)
+
+    def _first_call_of(self, task: str) -> float:
+        inside = [call.begun for call in self.calls if f":{task}" in call.namespace]
+        return min(inside, default=math.inf)
 
     def _sent_by(self, run: _Run, name: str, arg: Any) -> tuple[Calls, dict[str, Calls]]:
         """What a `Send` depends on, as a whole and by what it names."""
@@ -561,10 +609,6 @@ class _Tracer:
 
     def _sent_to(self, run: _Run, name: str) -> Calls:
         """What the senders of a `Send` task knew; the run's input where the entry sent it."""
-        running = [task for task in run.current if not task.is_over and task.reads]
-        if not run.previous and running:  # a task of the functional API, called by its entrypoint
-            inner = [task.output(self) for task in run.current if task.is_over]
-            return _NONE.union(*(task.input_at(math.inf, self) for task in running), *inner)
         if not run.previous:
             return run.entry | _NONE.union(*run.provenance.values())
         declared = run.shape.targets if run.shape is not None else {}
