@@ -35,7 +35,7 @@ FAULTS = {
     "tool": "TimeoutError in worker",
     "deadline": "timeout",
     "recursion": "GraphRecursionError",
-    "parser": "OutputParserException in worker",
+    "parser": "StructuredOutputError in worker",
     "hung": "timeout",
     "engine": "EngineError in worker",
 }

@@ -129,9 +129,9 @@ def test_a_run_in_which_too_many_episodes_fail_stops_with_the_top_reasons(
             trainer.train(progress=False)
         assert (
             "5 of 9 episodes of iteration 1 failed, more than max_failed_share=0.5 allows: "
-            "OutputParserException in worker (3x), ValueError in worker (2x)"
+            "StructuredOutputError in worker (3x), ValueError in worker (2x)"
         ) in str(stopped.value)
         assert read_metrics(trainer.run_dir) == []  # nothing was trained on the rest
         page = (trainer.run_dir / "report.html").read_text(encoding="utf-8")
     assert "The run was stopped:</b> 5 of 9 episodes" in page
-    assert "OutputParserException in worker (3x)" in page
+    assert "StructuredOutputError in worker (3x)" in page
