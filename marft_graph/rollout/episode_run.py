@@ -33,8 +33,10 @@ from marft_graph.rollout.recorder import EpisodeRecorder, RecordedCall, TaskWatc
 from marft_graph.rollout.rewards import shown
 from marft_graph.rollout.scopes import RUN_KEY
 from marft_graph.rollout.settings import RolloutSettings
+from marft_graph.rollout.shape import GraphShape
 from marft_graph.rollout.structure import FAULT_NAMES, failure_of
-from marft_graph.rollout.trace import CallMark, Event, GraphShape, is_last_attempt, trace_episode
+from marft_graph.rollout.task_runs import CallMark
+from marft_graph.rollout.trace import Event, is_last_attempt, trace_episode
 from marft_graph.rollout.worker_threads import owned_by
 
 _CANCEL_SECONDS = 2.0

@@ -38,7 +38,7 @@ from marft_graph.rollout.recorder import stable_seed
 from marft_graph.rollout.rewards import RewardCalls, Rewards, as_reward_function
 from marft_graph.rollout.scopes import outside_runs
 from marft_graph.rollout.settings import RolloutSettings, check_at_least
-from marft_graph.rollout.trace import GraphShape
+from marft_graph.rollout.shape import GraphShape
 
 _CANCEL_SECONDS = 2.0
 

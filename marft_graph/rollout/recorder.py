@@ -43,7 +43,7 @@ from marft_graph.rollout.callsite import CallSite
 from marft_graph.rollout.decisions import Decisions
 from marft_graph.rollout.emit import Emitted
 from marft_graph.rollout.quiescence import Quiescence
-from marft_graph.rollout.reads import ReadLog
+from marft_graph.rollout.read_log import ReadLog
 from marft_graph.rollout.responder import Delegate, InterceptedCall, Pending, Responder
 from marft_graph.rollout.rewards import finite_number
 from marft_graph.rollout.scopes import whole_namespace
