@@ -7,10 +7,11 @@ up. One process is the same with nothing to exchange.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +29,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from marft_graph.config import TrainConfig
-from marft_graph.errors import CheckpointError, ConfigError, DistributedError, MarftError
+from marft_graph.errors import CheckpointError, ConfigError, DistributedError
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +61,31 @@ class Sharding:
     `offload_param_device`)."""
 
 
+_WELL, _SHORT, _FAILED = range(3)
+"""What a process says of itself: well, out of memory, failed otherwise."""
+
+
+class _OtherFailed(Exception):
+    """Another process has said that it failed."""
+
+    def __init__(self, problem: str, *, is_memory: bool) -> None:
+        super().__init__(problem)
+        self.is_memory = is_memory
+
+    def seen_here(self) -> Exception:
+        """The error that this process raises for it."""
+        return MemoryError(str(self)) if self.is_memory else DistributedError(str(self))
+
+
 class Ranks:
     """This process among those that train together.
 
     Raises:
         ConfigError: accelerate is told to use what this package cannot.
     """
+
+    _is_agreed = False
+    """Whether the processes tell each other how they are, before each exchange."""
 
     def __init__(self) -> None:
         _refuse_others()
@@ -96,16 +116,17 @@ class Ranks:
 
         Raises:
             DistributedError: another process failed; the message has its error.
-            MarftError: this process failed.
+            Exception: this process failed: what `work` has raised.
         """
         if self.count == 1:
             return list(work())
         own: tuple[list[T], str | None] = ([], None)
-        failure: MarftError | None = None
+        failure: Exception | None = None
         try:
             own = (list(work()), None)
-        except MarftError as error:
+        except Exception as error:  # noqa: BLE001 - raised below, once the others know of it
             failure, own = error, ([], f"{type(error).__name__}: {error}")
+        self._go_on()
         parts: list[Any] = [None] * self.count
         dist.all_gather_object(parts, own)
         if failure is not None:
@@ -132,6 +153,7 @@ class Ranks:
         if self.count == 1:
             return tensor
         total = tensor.to(self._device, copy=True)
+        self._go_on()
         dist.all_reduce(total)
         return total.to(tensor.device)
 
@@ -144,10 +166,74 @@ class Ranks:
         flat = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in owned]
         )
+        self._go_on()
         dist.all_reduce(flat)
         parts = torch.split(flat, [p.numel() for p in owned])
         for parameter, total in zip(owned, parts, strict=True):
             parameter.grad = total.view_as(parameter).clone()
+
+    @contextlib.contextmanager
+    def agreed(self, is_memory: Callable[[BaseException], bool]) -> Iterator[None]:
+        """Work that all processes finish or none: what fails in one fails in all, without a wait.
+
+        Before each exchange inside, and at the end, the processes tell each other whether they are
+        well. One that has failed says so in its next turn, so that none waits for what it will not
+        send. Where the base is divided, a failing process cannot: others may be inside a layer's
+        own exchange. It ends then, which breaks the others' connections.
+
+        Args:
+            is_memory: whether an exception says that memory is short.
+
+        Raises:
+            MemoryError: another process ran out of memory; all of them may try again.
+            DistributedError: another process failed otherwise.
+        """
+        if self.count == 1:
+            yield
+            return
+        self._is_agreed = True
+        try:
+            yield
+            self._go_on()
+        except _OtherFailed as other:
+            raise other.seen_here() from None
+        except Exception as error:
+            if self.sharding is None:
+                self._tell(error, is_memory=is_memory(error))
+            raise
+        finally:
+            self._is_agreed = False
+
+    def _tell(self, error: Exception, *, is_memory: bool) -> None:
+        """Say in this process's turn that it has failed."""
+        try:
+            self._exchange(
+                _SHORT if is_memory else _FAILED, f"{type(error).__name__}: {error}".strip()
+            )
+        except _OtherFailed as other:  # and in a worse way
+            raise other.seen_here() from error
+
+    def _go_on(self) -> None:
+        """Inside of `agreed`: go on where all processes are well.
+
+        Raises:
+            _OtherFailed: one is not.
+        """
+        if self._is_agreed:
+            self._exchange(_WELL, "")
+
+    def _exchange(self, state: int, problem: str) -> None:
+        worst = torch.tensor([state], device=self._device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        if int(worst) == _WELL:
+            return
+        told: list[Any] = [None] * self.count
+        dist.all_gather_object(told, (state, problem))
+        if state == int(worst):
+            return  # its own error is raised
+        rank = next(r for r, (other, _) in enumerate(told) if other == int(worst))
+        text = f"process {rank} failed: {told[rank][1]}"
+        raise _OtherFailed(text, is_memory=int(worst) == _SHORT)
 
     def one_after_another(self, work: Callable[[], T]) -> T:
         """What this process makes, the first process last; an error of one is raised in all.

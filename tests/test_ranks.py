@@ -19,9 +19,10 @@ from marft_graph.ranks import Ranks, check_ranks
 
 # What every process runs; the settings come as JSON.
 SCRIPT = """
-import json, sys
+import hashlib, itertools, json, sys, torch
 from pathlib import Path
 from marft_graph import Trainer
+from marft_graph.learn import update
 from marft_graph.errors import MarftError
 from tests.apps import duo
 from tests.training import EXAMPLES, config, reward
@@ -40,9 +41,24 @@ trainer = Trainer(
     duo(), train_dataset=EXAMPLES, eval_dataset=EXAMPLES[:4], reward=checked, config=settings,
     run_dir=given["run_dir"], resume=resume,
 )
+if (wrong := given.get("wrong")) and trainer._ranks.index == 1:  # once, in one process
+    owner = {"score": update, "clip_grad_norm_": torch.nn.utils}.get(wrong["in"], update.Learner)
+    right, turns = getattr(owner, wrong["in"]), itertools.count(1)
+
+    def fails(*args, **kwargs):
+        if next(turns) == wrong["turn"]:
+            raise {"short": torch.OutOfMemoryError, "bug": LookupError}[wrong["kind"]]("on purpose")
+        return right(*args, **kwargs)
+
+    setattr(owner, wrong["in"], fails)
+
 try:
     with trainer:
         trainer.train(progress=False)
+        weights = [w.detach().numpy().tobytes()
+                   for a in trainer.team.agents for w in trainer.team.parameters(a)]
+        print("adapters:", hashlib.sha256(b"".join(weights)).hexdigest(), flush=True)
+        print("microbatches:", trainer._learner.microbatch_tokens, flush=True)
 except MarftError as error:
     print(f"{type(error).__name__}: {error}", flush=True)
     raise SystemExit(3)
@@ -138,6 +154,73 @@ def test_an_error_in_one_process_ends_all(tmp_path: Path, tiny_model: Path) -> N
     assert "DistributedError: process 1 failed: RewardError" in told
     assert "RewardError" in own
     assert "oops" in own
+
+
+def lines_of(output: str, name: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith(name)]
+
+
+SHORT_RUN = {
+    "iterations": 2,
+    "advantage": "gae",
+    "eval_every": 0,
+    "minibatches": 2,
+    "learning_rate": 1e-4,
+    "microbatch_tokens": 256,
+}
+
+
+@pytest.fixture(scope="module")
+def untroubled(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Any]:
+    """Adapters of two processes that have enough memory."""
+    run = tmp_path_factory.mktemp("untroubled") / "run"
+    done = launch(2, settings=SHORT_RUN, base_model=str(tiny_model), run_dir=str(run))
+    assert [code for code, _ in done] == [0, 0], "\n".join(text for _, text in done)
+    return adapters(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"in": "score", "turn": 2},  # the second pass, of the base
+        {"in": "_policy_loss", "turn": 2},  # the second pass of a step
+        {"in": "_update_critic", "turn": 2},  # where nothing is exchanged
+        {"in": "clip_grad_norm_", "turn": 5},  # between the exchange and the step
+    ],
+    ids=lambda wrong: wrong["in"],
+)
+def test_memory_that_one_process_lacks_makes_all_try_again(
+    tmp_path: Path, tiny_model: Path, untroubled: dict[str, Any], wrong: dict[str, Any]
+) -> None:
+    given = {"settings": SHORT_RUN, "base_model": str(tiny_model)}
+    short = {**wrong, "kind": "short"}
+    done = launch(2, run_dir=str(tmp_path / "short"), wrong=short, **given)
+    told = "\n".join(text for _, text in done)
+    assert [code for code, _ in done] == [0, 0], told
+    first, second = (lines_of(text, "adapters:") for _, text in done)
+    assert first == second != []
+    assert [lines_of(text, "microbatches:") for _, text in done] == [["microbatches: 128"]] * 2
+    assert "process 1 failed: OutOfMemoryError: on purpose" in told
+    rows = (tmp_path / "short" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["out_of_memory"] for row in rows] == [1, 0]
+    for name, value in adapters(tmp_path / "short").items():
+        assert (value - untroubled[name]).abs().max() < 1e-6
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_in_the_middle_of_an_update_ends_all(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    wrong = {"in": "score", "turn": 2, "kind": "bug"}
+    settings = {"iterations": 2, "eval_every": 0}
+    (first, told), (second, own) = launch(
+        2, settings=settings, base_model=str(tiny_model), run_dir=str(tmp_path / "run"), wrong=wrong
+    )
+    assert first == 3
+    assert "DistributedError: process 1 failed: LookupError: on purpose" in told
+    assert second == 1
+    assert "LookupError: on purpose" in own
 
 
 class Two(Ranks):

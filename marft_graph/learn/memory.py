@@ -1,7 +1,8 @@
 """An update within memory: micro-batches of a size that fits, or smaller ones where it did not.
 
 Micro-batches change only the order of sums, so a smaller one gives the same update but for
-rounding. An update that runs out of memory is tried again from its start. Knows nothing of what an
+rounding. An update that runs out of memory, in any of the processes that train together, is tried
+again from its start by all of them. Knows nothing of what an
 update does.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from marft_graph.config import MICROBATCH_TOKENS
 from marft_graph.episode import Episode
-from marft_graph.errors import CheckpointError, OutOfMemoryError
+from marft_graph.errors import CheckpointError, MarftError, OutOfMemoryError
 from marft_graph.learn.sizing import HostMemory, is_out_of_memory
 from marft_graph.learn.update import AgentStats, Learner
 from marft_graph.policy.team import Team
@@ -51,10 +52,17 @@ def update_within_memory(
     with contextlib.closing(_Snapshot(learner, team)) as before:
         while True:
             try:
-                return learner.update(episodes, iteration)
+                with learner.ranks.agreed(is_out_of_memory):
+                    return learner.update(episodes, iteration)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if isinstance(error, MarftError) or not is_out_of_memory(error):
                     raise
+                if learner.ranks.sharding is not None:
+                    raise OutOfMemoryError(
+                        f"the update of iteration {iteration} ran out of memory: {error}. The base "
+                        "is divided among processes, which cannot try it again together: set "
+                        f"microbatch_tokens below {learner.microbatch_tokens}"
+                    ) from error
                 problem = str(error).strip().partition("\n")[0] or type(error).__name__
             # Outside the handler: its traceback holds the tensors that must go first.
             before.put_back(learner, team)

@@ -55,7 +55,8 @@ class Learner:
     ) -> None:
         self._team = team
         self._settings = settings
-        self._ranks = ranks or Ranks()
+        self.ranks = ranks or Ranks()
+        """The processes that share each step's calls."""
         self._rates = {
             agent: (learning_rates or {}).get(agent, settings.learning_rate)
             for agent in team.agents
@@ -150,7 +151,7 @@ class Learner:
             self._team,
             episodes,
             memory_of(self._team.policies[0].device),
-            self._ranks,
+            self.ranks,
             memory_gib=settings.memory_gib,
             is_entropy_learnt=settings.entropy_coef > 0,
             more=self._bytes_to_come(episodes),
@@ -244,9 +245,9 @@ class Learner:
             batch.ref_logprobs_N[tokens] = logprobs.cpu()
             if features is not None:
                 features[tokens] = states.float().cpu()
-        batch.ref_logprobs_N = self._ranks.add(batch.ref_logprobs_N)
+        batch.ref_logprobs_N = self.ranks.add(batch.ref_logprobs_N)
         if features is not None:
-            batch.features_NH = features = self._ranks.add(features)
+            batch.features_NH = features = self.ranks.add(features)
             batch.old_values_N = self._values(agent, features)
         if is_updated and settings.importance_cap is not None:
             own_N = self._logprobs(agent, batch)
@@ -267,7 +268,7 @@ class Learner:
         logprobs_N = torch.zeros(batch.offsets[-1])
         for rows in self._microbatches(agent, batch, range(len(batch.calls))):
             logprobs_N[batch.tokens(_calls_of(rows))] = self._forward(agent, batch, rows)[1].cpu()
-        return self._ranks.add(logprobs_N)
+        return self.ranks.add(logprobs_N)
 
     def _referenced(self, calls: Sequence[Call], is_updated: bool) -> Sequence[int]:
         """The calls that go through the base: all that need it, else some to tell the KL by."""
@@ -284,7 +285,7 @@ class Learner:
 
         Where the base is sharded, a process with one part less than others makes an idle pass.
         """
-        ranks, policy = self._ranks, self._team.of(agent)
+        ranks, policy = self.ranks, self._team.of(agent)
         calls = [batch.calls[i] for i in indices]
         tokens = sum(len(call.prompt_ids) + len(call.completion_ids) for call in calls)
         size = self.microbatch_tokens or MICROBATCH_TOKENS
@@ -393,7 +394,7 @@ class Learner:
                 gap_N = (logprobs_N - old_N).abs()
                 sums["gap"] += gap_N.sum().item() / token_count
                 gap = max(gap, gap_N.max().item())
-        self._ranks.add_gradients(self._team.parameters(agent))
+        self.ranks.add_gradients(self._team.parameters(agent))
         sums, referenced, gap = self._over_all_ranks(sums, referenced, gap)
         norm = torch.nn.utils.clip_grad_norm_(self._team.parameters(agent), settings.max_grad_norm)
         if not (math.isfinite(sums["policy"]) and math.isfinite(float(norm))):
@@ -419,11 +420,11 @@ class Learner:
         self, sums: dict[str, float], referenced: int, gap: float
     ) -> tuple[dict[str, float], int, float]:
         """A step's statistics over the shares of all processes."""
-        if self._ranks.count == 1:
+        if self.ranks.count == 1:
             return sums, referenced, gap
         own = [*sums.values(), float(referenced)]
-        *totals, known = self._ranks.add(torch.tensor(own, dtype=torch.float64)).tolist()
-        widest = max(self._ranks.together(lambda: [gap]))
+        *totals, known = self.ranks.add(torch.tensor(own, dtype=torch.float64)).tolist()
+        widest = max(self.ranks.together(lambda: [gap]))
         return dict(zip(sums, totals, strict=True)), int(known), widest
 
     def _policy_loss(
