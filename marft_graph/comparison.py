@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.names import agent_path
 from marft_graph.policy.team import Team
-from marft_graph.rollout.inputs import AppInputs
+from marft_graph.rollout.inputs import AppInputs, InputFunction
 from marft_graph.rollout.rewards import Rewards
 from marft_graph.rollout.settings import check_at_least
 from marft_graph.run.paired import PairedDifference, paired_difference
@@ -39,7 +39,7 @@ BASE = "base"
 """The untrained base model."""
 OWN = "own"
 """The app's own models."""
-Inputs = Callable[[Mapping[str, Any]], Any] | None
+Inputs = InputFunction | None
 _SHOWN = 5
 
 
@@ -143,7 +143,8 @@ def compare(
         dataset: held-out examples.
         reward: as in training.
         config: its rollout settings, and for the base its model settings.
-        inputs: makes the graph's input from an example, where its keys do not fit.
+        inputs: a list of the examples' keys that the graph is given, or a function that makes its
+            input from an example.
         against: the policy that the others are compared with; by default the first.
         prices: of a million tokens, by policy.
         episodes_per_example: several lower the noise; an example still counts once.

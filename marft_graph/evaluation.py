@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
 from marft_graph.names import agent_path
 from marft_graph.rollout.episodes import Rollout
-from marft_graph.rollout.inputs import AppInputs
+from marft_graph.rollout.inputs import AppInputs, InputFunction
 from marft_graph.rollout.rewards import Rewards
 
 EVAL_SEED = 2**31 - 1
@@ -111,7 +111,7 @@ def evaluate_export(
     *,
     reward: Rewards,
     config: TrainConfig,
-    inputs: Callable[[Mapping[str, Any]], Any] | None = None,
+    inputs: InputFunction | None = None,
     greedy: bool = False,
     base_model: str | None = None,
 ) -> Evaluation:

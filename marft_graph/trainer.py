@@ -14,7 +14,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -53,7 +53,7 @@ from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team, Weights
 from marft_graph.ranks import Ranks, check_ranks, own_folder
 from marft_graph.rollout.dry_run import with_agent
-from marft_graph.rollout.inputs import AppInputs
+from marft_graph.rollout.inputs import AppInputs, InputFunction
 from marft_graph.rollout.rewards import Rewards, as_reward_function, mean_parts
 from marft_graph.rollout.runner import check_examples
 from marft_graph.rollout.worker_threads import hung_threads
@@ -123,7 +123,8 @@ class Trainer:
         run_dir: where the run is written; default: the next free `runs/run-N`. Of processes that
             train together (`accelerate launch`) the first one writes it; the others' folders are
             temporary.
-        inputs: makes the graph's input from an example, where its keys do not.
+        inputs: a list of the examples' keys that the graph is given, or a function that makes its
+            input from an example.
         overwrite: delete what an earlier run left in `run_dir`.
         resume: continue the run in `run_dir` from its newest intact checkpoint.
         accept_changes: where a run is resumed, names of settings that may differ though they change
@@ -148,7 +149,7 @@ class Trainer:
         config: TrainConfig | Mapping[str, Any],
         eval_dataset: Any = None,
         run_dir: str | Path | None = None,
-        inputs: Callable[[Mapping[str, Any]], Any] | None = None,
+        inputs: InputFunction | None = None,
         overwrite: bool = False,
         resume: bool = False,
         accept_changes: Sequence[str] = (),
@@ -181,14 +182,15 @@ class Trainer:
         if eval_dataset is not None:
             most = self.config.eval_examples or None
             self._eval = as_examples(eval_dataset, "eval_dataset", most)
+        told: dict[str, None] = {}
         for examples in (shown, self._eval):
             if examples is not None:
                 labels = check_examples(self.graph, [examples[0]], inputs, self._reward)
-                if warning := labels.warning(examples[0]):
-                    logger.warning(warning)
+                told |= dict.fromkeys(labels.told(examples[0]))
         found = compile_graph(self.graph, shown, inputs)  # the code only guesses: the run decides
-        for note in found.notes:
+        for note in (*told, *found.notes):
             logger.warning(note)
+        found = replace(found, notes=(*found.notes, *told))
         grown = agents_added(run_dir, found) if self._may_grow and resume else ()
         for node in grown:
             found = with_agent(found, node)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ from marft_graph.apps.importing import import_problem, load_module
 from marft_graph.apps.langgraph_json import read_langgraph_json
 from marft_graph.config import read_yaml
 from marft_graph.errors import GraphError, WorkflowError
-from marft_graph.rollout.inputs import AppInputs
+from marft_graph.rollout.inputs import AppInputs, InputFunction
 from marft_graph.rollout.rewards import as_reward_function
 
 
@@ -30,7 +30,7 @@ class Workflow:
     graph: Any
     load_data: Callable[..., Any] | None = None
     reward: Callable[..., Any] | None = None
-    inputs: Callable[[Mapping[str, Any]], Any] | None = None
+    inputs: InputFunction | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     """The parsed config.yaml; a relative `base_model` that exists is made absolute."""
 
@@ -81,7 +81,8 @@ def _load_folder(path: Path) -> Workflow:
         function = getattr(task, name, None)
         if name == "reward" and isinstance(function, list | tuple | dict):
             function = as_reward_function(function)
-        if function is not None and not callable(function):
+        is_keys = name == "inputs" and isinstance(function, list | tuple)
+        if function is not None and not is_keys and not callable(function):
             raise WorkflowError(f"{path / 'task.py'}: {name} must be a function")
         functions[name] = function
     return Workflow(path.resolve().name, path, graph, settings=settings, **functions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -111,7 +112,9 @@ def _graph_of(target: str | None, run: Path | None, *, dry_run: bool) -> FlexMG:
 
         assert run is not None  # one of the two is there
         return read_graph(run)
-    from marft_graph.graph.compile import compile_graph
+    from marft_graph.graph.compile import as_compiled, compile_graph
+    from marft_graph.rollout.labels import labels_of
+    from marft_graph.rollout.rewards import as_reward_function
     from marft_graph.workflow import load_target
 
     loaded = load_target(target)
@@ -120,7 +123,10 @@ def _graph_of(target: str | None, run: Path | None, *, dry_run: bool) -> FlexMG:
     )
     if loaded.settings and flex_mg.agents:
         flex_mg = _as_trained(flex_mg, loaded.settings)
-    return flex_mg
+    if loaded.reward is None or loaded.inputs is not None:
+        return flex_mg
+    labels = labels_of(as_compiled(loaded.graph), as_reward_function(loaded.reward))
+    return dataclasses.replace(flex_mg, notes=(*flex_mg.notes, *labels.told()))
 
 
 def _observed(flex_mg: FlexMG, run: Path | None) -> FlexMG:

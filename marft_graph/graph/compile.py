@@ -7,7 +7,7 @@ it cannot be certain of it takes to be possible, so that `never` is never wrong.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import networkx as nx
@@ -56,7 +56,7 @@ def as_compiled(app: Any) -> App:
 def compile_graph(
     graph: Any,
     examples: Iterable[Mapping[str, Any]] | None = None,
-    inputs: Callable[[Mapping[str, Any]], Any] | None = None,
+    inputs: Callable[[Mapping[str, Any]], Any] | Sequence[str] | None = None,
 ) -> FlexMG:
     """The Flex-MG of an app: who calls a model, what runs after what, who may observe whom.
 
@@ -65,7 +65,8 @@ def compile_graph(
         examples: run the app on the first 8 of them with scripted answers; this finds the agents
             that the code does not show, and counts each agent's calls. No model is loaded, but the
             app's tools and other nodes do run.
-        inputs: makes the graph's input from an example, where its keys do not fit.
+        inputs: a list of the examples' keys that the graph is given, or a function that makes its
+            input from an example.
 
     Raises:
         GraphError: the object is no LangGraph app, or its builder does not compile.

@@ -46,7 +46,8 @@ def add_dry_run(
         flex_mg: of the same app, as compiled.
         graph: the app; its nodes run, with their side effects, but no model does.
         examples: what to run it on; the first 8 are used.
-        inputs: makes the graph's input from an example, where its keys do not fit.
+        inputs: a list of the examples' keys that the graph is given, or a function that makes its
+            input from an example.
 
     Raises:
         DatasetError: no examples, or an example without the graph's input keys.

@@ -31,7 +31,7 @@ from marft_graph.rollout.episode_run import (
     with_reward,
 )
 from marft_graph.rollout.inputs import AppInputs, graph_inputs
-from marft_graph.rollout.labels import Labels, labels_of
+from marft_graph.rollout.labels import Labels, labels_of, say_once
 from marft_graph.rollout.process_loop import Blocked, process_loop
 from marft_graph.rollout.quiescence import Quiescence
 from marft_graph.rollout.recorder import stable_seed
@@ -107,6 +107,8 @@ class Rollout:
             self._given.inputs,
             withheld=self._shared.labels.withheld,
         )
+        self._shared.labels.refuse_read(listed)
+        say_once(self._shared.labels.told({key for example in listed for key in example}))
         plans = [
             Plan(example, value, index, group, stable_seed(seed, index, group))
             for index, (example, value) in enumerate(

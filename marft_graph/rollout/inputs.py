@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from marft_graph.data import rows_of_table
 from marft_graph.errors import DatasetError
 from marft_graph.rollout.rewards import shown
 
-InputFunction = Callable[[Mapping[str, Any]], Any]
+InputFunction = Callable[[Mapping[str, Any]], Any] | Sequence[str]
+"""The graph's input for an example: a function, or a list of the example's keys that are given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,7 @@ class AppInputs:
     """How the app is called: what each part of a call is, or the function of an example for it."""
 
     inputs: InputFunction | None = None
-    """The graph's input; None: the example's keys that its input has."""
+    """The graph's input, or the keys of the example that it is; None: those that it has."""
 
 
 def graph_inputs(
@@ -50,14 +51,15 @@ def graph_inputs(
                 f"an example is {reprlib.repr(example)}, a {type(example).__name__}; each must be "
                 "a mapping such as {'question': ..., 'answer': ...}"
             )
-    if inputs is not None:
-        return listed, [_converted(inputs, example) for example in listed]
     known, required = input_keys(graph)
+    if inputs is not None:
+        make = inputs if callable(inputs) else _chosen(inputs, known)
+        return listed, [_converted(make, example) for example in listed]
     if known and not known - withheld:
         raise DatasetError(
             f"the graph's input has {', '.join(map(repr, sorted(known)))} only, which the reward "
-            "names and a node writes, as with labels; give `inputs=`, a function from example to "
-            "input"
+            "names and a node writes, as with labels; give `inputs=`, a list of keys or a function "
+            "from example to input"
         )
     known -= withheld
     return listed, [_selected(example, known, required) for example in listed]
@@ -98,11 +100,32 @@ def _selected(example: Mapping[str, Any], known: frozenset[str], required: froze
         f"{', '.join(map(repr, sorted(known)))}"
         + (f" and demands {', '.join(map(repr, sorted(required)))}" if required else "")
         + (f" ({'; '.join(pairs)})" if pairs else "")
-        + ". Rename the data set's columns, or give `inputs=`, a function from example to input"
+        + ". Rename the data set's columns, or give `inputs=`, a list of keys or a function from "
+        "example to input"
     )
 
 
-def _converted(inputs: InputFunction, example: Mapping[str, Any]) -> Any:
+def _chosen(keys: Sequence[str], known: frozenset[str]) -> Callable[[Mapping[str, Any]], Any]:
+    """The function that hands over exactly some keys.
+
+    Raises:
+        DatasetError: it is no list of keys that the graph's input has.
+    """
+    is_list = isinstance(keys, Sequence) and not isinstance(keys, str | bytes)
+    if not is_list or not keys or not all(isinstance(key, str) for key in keys):
+        raise DatasetError(
+            f"inputs is {reprlib.repr(keys)}; it must be a function from example to input, or a "
+            "list of the example's keys that the graph is given, such as ['question']"
+        )
+    if known and (strange := [key for key in keys if key not in known]):
+        raise DatasetError(
+            f"inputs names {', '.join(map(repr, strange))}; the graph's input has "
+            f"{', '.join(map(repr, sorted(known)))}"
+        )
+    return lambda example: {key: example[key] for key in keys}
+
+
+def _converted(inputs: Callable[[Mapping[str, Any]], Any], example: Mapping[str, Any]) -> Any:
     try:
         return inputs(example)
     except Exception as error:

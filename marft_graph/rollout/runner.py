@@ -67,7 +67,8 @@ def run_episodes(
             answers; or `train` it, with an adapter that has the node's name.
         adapters: name of the agent that answers a node, where it is not the node's own: nodes with
             one name share its adapter.
-        inputs: makes the graph's input from an example, where its keys do not fit.
+        inputs: a list of the examples' keys that the graph is given, or a function that makes its
+            input from an example.
         seed: with the same seed, app and engine, the episodes are the same.
         first_example: number of the first example, where these are some of many; it is part of the
             seeds.
@@ -151,5 +152,6 @@ def check_examples(
     """
     app = as_compiled(graph)
     labels = labels_of(app, reward) if inputs is None else Labels()
-    graph_inputs(app, examples, inputs, withheld=labels.withheld)
+    listed, _ = graph_inputs(app, examples, inputs, withheld=labels.withheld)
+    labels.refuse_read(listed)
     return labels

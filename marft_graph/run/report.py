@@ -52,6 +52,7 @@ def write_report(run_dir: Path, stopped_by: str = "") -> Path:
         _warnings(rows, evaluations),
         "<h2>Dependency graph</h2>",
         graph_view(flex_mg, overlays(flex_mg, run_dir)),
+        *(f"<p>{readable_text(note)}</p>" for note in flex_mg.notes),
         nodes_section(flex_mg, rows),
         fates_section(rows, flex_mg.agents),
         changed_section(before, after),

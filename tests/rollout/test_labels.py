@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pytest
+from click.testing import CliRunner
 from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableLambda
 from langchain_openai import ChatOpenAI
 from langgraph.graph import END, START, StateGraph
 
-from marft_graph import Episode, FakeEngine, Trainer, run_episodes
+from marft_graph import Episode, FakeEngine, Trainer, compile_graph, run_episodes
+from marft_graph.cli import main
 from marft_graph.errors import DatasetError, RewardError
 from marft_graph.rewards import combine
+from marft_graph.rollout import labels
 from marft_graph.rollout.labels import labels_of
 from marft_graph.workflow import load_target
 from tests import training
@@ -100,11 +103,121 @@ def test_an_app_without_an_answer_is_not_paid_for_the_label() -> None:
 
 
 def test_a_node_that_fails_without_the_label_is_told_the_ways_out() -> None:
-    episode = run(app(strict_solver))
+    builder = StateGraph(State)
+    builder.add_node("solver", lambda state: strict_solver(*[state]))
+    builder.add_node("writer", lambda state: {"answer": "1"})
+    builder.add_edge(START, "solver")
+    builder.add_edge("solver", "writer")
+    episode = run(builder.compile())
     assert not episode.ok
     assert "KeyError" in episode.error
     assert "the example's 'answer' was withheld from the graph" in episode.error
     assert "`inputs=`" in episode.error
+
+
+def test_a_node_that_reads_the_key_before_any_node_writes_it_asks_for_inputs() -> None:
+    text = r"'answer'\. The reward names it and node 'solver' writes it.* 'solver' reads it before"
+    with pytest.raises(DatasetError, match=text):
+        run(app(strict_solver))
+    with pytest.raises(DatasetError, match="`inputs=`"):
+        run(app(reviser))
+    assert shown(run(app(strict_solver), inputs=["question", "answer"])) == "42"
+    assert "42" in shown(run(app(reviser), inputs=["answer"]))
+
+
+def reviser(state: State) -> State:
+    draft = state.get("answer", "")
+    return {"answer": model.invoke([HumanMessage(f"Revise: {draft}")]).text}
+
+
+def test_a_node_that_reads_what_another_has_written_needs_no_example() -> None:
+    builder = StateGraph(State)
+    builder.add_node("drafter", solver)
+    builder.add_node("reviser", reviser)
+    builder.add_edge(START, "drafter")
+    builder.add_edge("drafter", "reviser")
+    found = labels_of(builder.compile(), reward)
+    assert found.withheld == {"answer"}
+    assert not found.readers
+
+
+def test_a_branch_beside_the_writer_reads_before_it() -> None:
+    builder = StateGraph(State)
+    builder.add_node("writer", lambda state: {"answer": "1"})
+    builder.add_node("reader", reader)
+    builder.add_edge(START, "writer")
+    builder.add_edge(START, "reader")
+    builder.add_edge("writer", "reader")
+    assert labels_of(builder.compile(), reward).readers == {"answer": "reader"}
+
+
+def reader(state: State) -> State:
+    return {"notes": [state["answer"]]}
+
+
+def test_what_is_withheld_is_said_once_with_the_reason(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labels, "_said", set())
+    with caplog.at_level(logging.WARNING, "marft_graph"):
+        for _ in range(2):
+            run(app())
+    assert [r.message for r in caplog.records if "not given to the graph" in r.message] == [
+        "the examples' 'answer' is for the reward alone and not given to the graph: the reward "
+        "names it and node 'solver' writes it. If the app needs it, say what the graph is given by "
+        "`inputs=` (a list of keys, or a function from example to input), or compile it with an "
+        "input_schema"
+    ]
+
+
+def test_the_trainer_says_it_once_and_its_graph_and_report_keep_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "marft_graph"):
+        trainer = Trainer(
+            app(),
+            train_dataset=[EXAMPLE],
+            reward=reward,
+            config=training.config(save_random_model(tmp_path / "model"), iterations=1),
+            run_dir=tmp_path / "run",
+        )
+    assert sum("not given to the graph" in record.message for record in caplog.records) == 1
+    with trainer:
+        result = trainer.train(progress=False)
+    assert "is for the reward alone and not given to the graph" in result.report.read_text()
+    assert "not given to the graph" in (tmp_path / "run" / "graph.json").read_text()
+
+
+def test_inspect_says_what_is_withheld_from_a_workflow(tmp_path: Path) -> None:
+    (tmp_path / "graph.py").write_text("from tests.rollout.test_labels import app\ngraph = app()\n")
+    (tmp_path / "task.py").write_text("from tests.rollout.test_labels import reward\n")
+    output = CliRunner().invoke(main, ["inspect", str(tmp_path)]).output
+    assert "note: the examples' 'answer' is for the reward alone" in output
+    (tmp_path / "task.py").write_text(
+        "from tests.rollout.test_labels import reward\ninputs = ['question', 'answer']\n"
+    )
+    assert "for the reward alone" not in CliRunner().invoke(main, ["inspect", str(tmp_path)]).output
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ("question", "a list of the example's keys"),
+        ([], "a list of the example's keys"),
+        ([1], "a list of the example's keys"),
+        (["qestion"], "names 'qestion'; the graph's input has 'answer', 'notes', 'question'"),
+        (["question", "notes"], "KeyError: 'notes', on example"),
+    ],
+)
+def test_a_list_of_keys_is_checked(inputs: Any, message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        run(app(), inputs=inputs)
+
+
+def test_a_list_of_keys_hands_over_exactly_those() -> None:
+    assert shown(run(app(), inputs=["question"])) == "[('notes', []), ('question', '6*7?')]"
+    assert "'42'" in shown(run(app(), inputs=("question", "answer")))
+    assert compile_graph(app(), [EXAMPLE], ["question"]).agents == ("solver",)
 
 
 def test_an_input_schema_that_names_the_key_is_deliberate() -> None:
@@ -234,7 +347,8 @@ def test_a_graph_whose_only_input_is_the_label_is_refused() -> None:
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.parent.name)
 def test_our_workflows_leave_no_doubt(path: Path) -> None:
     workflow = load_target(str(path.parent))
-    labels = labels_of(workflow.graph, workflow.reward)
+    found = labels_of(workflow.graph, workflow.reward)
     if workflow.inputs is None:
-        assert not labels.doubtful
-        assert "question" not in labels.withheld
+        assert not found.doubtful
+        assert not found.readers
+        assert "question" not in found.withheld
