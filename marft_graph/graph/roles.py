@@ -75,7 +75,11 @@ def inspect_node(bound: Any) -> Findings:
     if known is not None and id(bound) in known:
         return known[id(bound)][1]
     search = Search()
-    calls = search.touch(bound)
+    try:
+        calls = search.touch(bound)
+    except RecursionError:  # objects in objects without end
+        calls = 2
+        search.unresolved.append("deeper than is looked at")
     found = _findings(search, calls, frozenset())
     if known is not None:
         known[id(bound)] = bound, found

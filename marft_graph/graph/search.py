@@ -52,7 +52,7 @@ from marft_graph.graph.values import (
 from marft_graph.names import inner_path
 
 _MISSING = object()
-_FRAMES, _DEPTH, _OBJECTS, _CONTEXTS = 1500, 40, 20000, 8
+_FRAMES, _DEPTH, _OBJECTS, _CONTEXTS = 1500, 25, 20000, 8
 _Called = tuple[list[Value], int]
 _MAKERS = frozenset(
     {"bind", "bind_tools", "pipe", "with_config", "with_fallbacks", "with_retry", "assign", "pick"}
@@ -540,7 +540,7 @@ class Search:
             return self._call_class(held, places, words, given)
         if held is getattr and len(places) > 1:
             return self._call_getattr(places)
-        if held in (map, filter) and places:
+        if (held is map or held is filter) and places:
             calls = self._use_all(given)
             results = [
                 v
@@ -550,7 +550,7 @@ class Search:
             return [collection(results)], calls
         if any(held is looked for looked in _LOOKED_AT):
             return [PLAIN], 0
-        if held in (eval, exec, __import__):
+        if any(held is open_ for open_ in (eval, exec, __import__)):
             self._unresolve(place)
             return [DATA], self._use_all(given)
         if isinstance(held, types.BuiltinFunctionType):

@@ -372,11 +372,20 @@ class Later:
     llm: Any = None
 
 
+CHAIN: list[Any] = []
+for _ in range(3000):
+    CHAIN = [CHAIN]
+
+
+def deeper_than_is_looked_at(state: Any) -> Any:
+    return reply(str(sorted([CHAIN], key=len)))
+
+
 UNCERTAIN: dict[str, Any] = {
     function.__name__: function
     for function in (
         *(model_in_the_config, model_in_the_context, model_in_the_state, function_in_the_config),
-        *(evaluated, filled_later),
+        *(evaluated, filled_later, deeper_than_is_looked_at),
     )
 }
 
