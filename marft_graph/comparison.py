@@ -26,11 +26,11 @@ from marft_graph.evaluation import (
     held_out_episodes,
     summarize,
 )
-from marft_graph.graph.compile import as_compiled, compile_graph
+from marft_graph.graph.compile import as_compiled, compile_with
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.names import agent_path
 from marft_graph.policy.team import Team
-from marft_graph.rollout.inputs import AppInputs, InputFunction
+from marft_graph.rollout.inputs import AppInputs, InputFunction, Reviewer
 from marft_graph.rollout.rewards import Rewards
 from marft_graph.rollout.settings import check_at_least
 from marft_graph.run.paired import PairedDifference, paired_difference
@@ -127,6 +127,10 @@ def compare(
     reward: Rewards,
     config: TrainConfig,
     inputs: Inputs = None,
+    context: Any = None,
+    configurable: Any = None,
+    store: Any = None,
+    on_interrupt: Reviewer | None = None,
     against: str | None = None,
     prices: Mapping[str, Price] | None = None,
     episodes_per_example: int = 1,
@@ -145,6 +149,10 @@ def compare(
         config: its rollout settings, and for the base its model settings.
         inputs: a list of the examples' keys that the graph is given, or a function that makes its
             input from an example.
+        context: what nodes find as `runtime.context`: a value, or a function of the example.
+        configurable: values of `config["configurable"]`, likewise.
+        store: what an episode's store holds at its beginning, likewise; see `run_episodes`.
+        on_interrupt: `reviewer(example, state, interrupt)` answers the app's interrupts.
         against: the policy that the others are compared with; by default the first.
         prices: of a million tokens, by policy.
         episodes_per_example: several lower the noise; an example still counts once.
@@ -158,7 +166,13 @@ def compare(
         ExportError, ModelError, DatasetError, EpisodesFailedError, RewardError: as in evaluation.
     """
     prices = dict(prices or {})
-    given = AppInputs(inputs=inputs)
+    given = AppInputs(
+        inputs=inputs,
+        context=context,
+        configurable=configurable,
+        store=store,
+        on_interrupt=on_interrupt,
+    )
     check_at_least("episodes_per_example", episodes_per_example, 1)
     check_at_least("own_concurrency", own_concurrency, 1)
     reference = _reference(policies, against, prices)
@@ -227,7 +241,7 @@ def _trained_game(
 ) -> FlexMG:
     """The nodes that would be trained, found as the trainer finds them."""
     shown = [examples[i] for i in range(min(8, len(examples)))]
-    return compile_graph(app, shown, given.inputs).training(config.nodes)
+    return compile_with(app, shown, given).training(config.nodes)
 
 
 def _base_episodes(

@@ -177,6 +177,16 @@ class TrainConfig:
     max_new_tokens: int = setting(
         256, "most tokens of a completion, where the app sets no limit", unit="tokens", at_least=1
     )
+    cap_new_tokens: bool = setting(
+        False, "let max_new_tokens also bound calls for which the app itself allows more"
+    )
+    recursion_limit: int | None = setting(
+        None,
+        "steps that a graph may take in an episode; none: what the app sets by with_config, else "
+        "25",
+        at_least=1,
+        at_most=1_000_000,
+    )
     constrain_output: bool = setting(
         False,
         "let calls that ask for structured output by a JSON schema, or force a tool call, write "
@@ -499,6 +509,8 @@ def rollout_settings(config: TrainConfig, *, greedy: bool = False) -> RolloutSet
         reward_concurrency=config.reward_concurrency,
         temperature=0.0 if greedy else config.temperature,
         max_new_tokens=config.max_new_tokens,
+        cap_new_tokens=config.cap_new_tokens,
+        recursion_limit=config.recursion_limit,
         constrain_output=config.constrain_output,
         schema_in_prompt=config.schema_in_prompt,
         fault_rewards=fault_rewards_of(config.fault_rewards),

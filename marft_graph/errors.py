@@ -9,6 +9,7 @@
     ├── PromptTooLongError    a prompt leaves no room in the model's context        (ValueError)
     ├── StructuredOutputError  a structured answer did not parse, see below          (ValueError)
     ├── RewardError           the reward function raised or returned no number      (RuntimeError)
+    ├── ReviewerError         the function that answers interrupts failed           (RuntimeError)
     ├── EpisodesFailedError   too many episodes failed to train on the rest         (RuntimeError)
     ├── TrainingCollapsedError  learning diverged and did not recover               (RuntimeError)
     ├── OutOfMemoryError      an update does not fit into memory                    (MemoryError)
@@ -64,6 +65,10 @@ class StructuredOutputError(MarftError, ValueError):
 
 class RewardError(MarftError, RuntimeError):
     """The reward function raised, timed out, or returned something that is no reward."""
+
+
+class ReviewerError(MarftError, RuntimeError):
+    """The function that answers the app's interrupts raised, or took too long."""
 
 
 class EpisodesFailedError(MarftError, RuntimeError):

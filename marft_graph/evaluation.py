@@ -26,7 +26,7 @@ from marft_graph.graph.compile import as_compiled, compile_graph
 from marft_graph.graph.flex_mg import resolve_nodes
 from marft_graph.names import agent_path
 from marft_graph.rollout.episodes import Rollout
-from marft_graph.rollout.inputs import AppInputs, InputFunction
+from marft_graph.rollout.inputs import AppInputs, InputFunction, Reviewer
 from marft_graph.rollout.rewards import Rewards
 
 EVAL_SEED = 2**31 - 1
@@ -112,13 +112,18 @@ def evaluate_export(
     reward: Rewards,
     config: TrainConfig,
     inputs: InputFunction | None = None,
+    context: Any = None,
+    configurable: Any = None,
+    store: Any = None,
+    on_interrupt: Reviewer | None = None,
     greedy: bool = False,
     base_model: str | None = None,
 ) -> Evaluation:
     """Run exported adapters once on each of the first `config.eval_examples` examples (0: all).
 
-    Of `config` only the rollout's settings count; base model, precision and `max_new_tokens` are
-    those of the export, unless `base_model` says where the base is now.
+    The app is called as in training (`inputs`, `context`, `configurable`, `store`,
+    `on_interrupt`). Of `config` only the rollout's settings count; base model, precision and
+    `max_new_tokens` are those of the export, unless `base_model` says where the base is now.
 
     Raises:
         ExportError: the folder is no intact export, or was made from another graph.
@@ -130,7 +135,13 @@ def evaluate_export(
         dataset,
         reward=reward,
         config=config,
-        given=AppInputs(inputs=inputs),
+        given=AppInputs(
+            inputs=inputs,
+            context=context,
+            configurable=configurable,
+            store=store,
+            on_interrupt=on_interrupt,
+        ),
         greedy=greedy,
         base_model=base_model,
     )

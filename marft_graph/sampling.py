@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +25,7 @@ from marft_graph.episode import Episode
 from marft_graph.errors import ConfigError, EngineError, EpisodesFailedError
 from marft_graph.evaluation import failure_reasons
 from marft_graph.learn.groups import without_equal_groups
+from marft_graph.names import agent_path
 from marft_graph.policy.team import Weights
 from marft_graph.ranks import Ranks
 from marft_graph.rollout.callsite import CallSite
@@ -64,6 +65,7 @@ class Sampler:
         reward: of an episode.
         adapters: the trained nodes, and the name of each one's adapter.
         frozen: nodes whose own models answer on purpose.
+        greedy: nodes that are known, and were said, to leave the policy no choice.
         given: how the app is called.
         ranks: processes that share the episodes.
         base: holds what the engine needs of the base model while episodes run.
@@ -79,6 +81,7 @@ class Sampler:
         reward: RewardFunction,
         adapters: Mapping[str, str],
         frozen: Sequence[str] = (),
+        greedy: Iterable[str] = (),
         given: AppInputs,
         ranks: Ranks,
         base: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -97,7 +100,7 @@ class Sampler:
         self._ranks = ranks
         self._turn = threading.Lock()
         self._published: Weights | None = None
-        self._known_greedy: set[str] = set()
+        self._known_greedy = set(greedy)
 
     def iteration(self, number: int, weights: Weights, cancellation: Cancellation) -> Sampled:
         """An iteration's episodes; where it fails, its examples are put back.
@@ -218,18 +221,34 @@ class Sampler:
         """A call at temperature 0 was no choice of the policy: nothing can be learnt from it."""
         sampled: dict[str, bool] = {}
         for call in (call for episode in episodes if episode.ok for call in episode.calls):
-            sampled[call.node] = sampled.get(call.node, False) or call.temperature > 0
-        greedy = [node for node, is_sampled in sampled.items() if not is_sampled]
-        if not greedy or set(greedy) == self._known_greedy:
-            return
-        self._known_greedy = set(greedy)
-        text = (
-            f"{', '.join(greedy)} cannot learn: the app calls the model with temperature 0 there. "
-            "Set temperature to 1.0 to sample in training (the app keeps its own outside)"
-        )
-        if len(greedy) == len(sampled):
-            raise ConfigError(text)
-        logger.warning("%s; the other nodes are trained", text)
+            node = agent_path(call.node)
+            sampled[node] = sampled.get(node, False) or call.temperature > 0
+        greedy = {node for node, is_sampled in sampled.items() if not is_sampled}
+        if greedy - self._known_greedy:
+            self._known_greedy |= greedy
+            check_can_learn(sampled)
+
+
+def check_can_learn(is_sampled: Mapping[str, bool]) -> set[str]:
+    """Say which nodes the app asks at temperature 0 only: they cannot learn.
+
+    Args:
+        is_sampled: by node, whether any of its calls leaves the policy a choice.
+
+    Raises:
+        ConfigError: none of the nodes can learn.
+    """
+    greedy = [node for node, sampled in is_sampled.items() if not sampled]
+    if not greedy:
+        return set()
+    text = (
+        f"{', '.join(greedy)} cannot learn: the app calls the model with temperature 0 there. "
+        "Set temperature to 1.0 to sample in training (the app keeps its own outside)"
+    )
+    if len(greedy) == len(is_sampled):
+        raise ConfigError(text)
+    logger.warning("%s; the other nodes are trained", text)
+    return set(greedy)
 
 
 def check_staleness(episodes: Sequence[Episode], version: int, bound: int) -> int:

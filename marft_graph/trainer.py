@@ -40,7 +40,7 @@ from marft_graph.errors import (
     UndecidedCallError,
 )
 from marft_graph.evaluation import EVAL_SEED, Evaluation, failed_nodes, failure_reasons, summarize
-from marft_graph.graph.compile import as_compiled, compile_graph
+from marft_graph.graph.compile import as_compiled, compile_with
 from marft_graph.learn.fate import count_fates, fates
 from marft_graph.learn.groups import share_of_equal_groups
 from marft_graph.learn.memory import update_within_memory
@@ -53,7 +53,7 @@ from marft_graph.policy.grammar import require_grammar_library
 from marft_graph.policy.team import Team, Weights
 from marft_graph.ranks import Ranks, check_ranks, own_folder
 from marft_graph.rollout.dry_run import with_agent
-from marft_graph.rollout.inputs import AppInputs, InputFunction
+from marft_graph.rollout.inputs import AppInputs, InputFunction, Reviewer
 from marft_graph.rollout.rewards import Rewards, as_reward_function, mean_parts
 from marft_graph.rollout.runner import check_examples
 from marft_graph.rollout.worker_threads import hung_threads
@@ -75,7 +75,7 @@ from marft_graph.run.stopping import Stopped, stop_requests
 from marft_graph.run.trackers import require_tracker_packages, tracking
 from marft_graph.run.tracking import MetricsLog, TrainingProgress, read_metrics
 from marft_graph.run.trajectories import write_traces
-from marft_graph.sampling import Sampler, TrainingEngine, check_staleness
+from marft_graph.sampling import Sampler, TrainingEngine, check_can_learn, check_staleness
 from marft_graph.workers.cluster import check_worker_settings, prepare_ray
 from marft_graph.workers.job import pack_app
 from marft_graph.workers.rollouts import RolloutWorkers
@@ -125,6 +125,10 @@ class Trainer:
             temporary.
         inputs: a list of the examples' keys that the graph is given, or a function that makes its
             input from an example.
+        context: what nodes find as `runtime.context`: a value, or a function of the example.
+        configurable: values of `config["configurable"]`, likewise.
+        store: what an episode's store holds at its beginning, likewise; see `run_episodes`.
+        on_interrupt: `reviewer(example, state, interrupt)` answers the app's interrupts.
         overwrite: delete what an earlier run left in `run_dir`.
         resume: continue the run in `run_dir` from its newest intact checkpoint.
         accept_changes: where a run is resumed, names of settings that may differ though they change
@@ -150,6 +154,10 @@ class Trainer:
         eval_dataset: Any = None,
         run_dir: str | Path | None = None,
         inputs: InputFunction | None = None,
+        context: Any = None,
+        configurable: Any = None,
+        store: Any = None,
+        on_interrupt: Reviewer | None = None,
         overwrite: bool = False,
         resume: bool = False,
         accept_changes: Sequence[str] = (),
@@ -171,7 +179,13 @@ class Trainer:
             read_manifest(earlier)
         self.graph: Pregel[Any, Any, Any, Any] = as_compiled(graph)
         self._reward = as_reward_function(reward)
-        self._given = given = AppInputs(inputs=inputs)
+        self._given = given = AppInputs(
+            inputs=inputs,
+            context=context,
+            configurable=configurable,
+            store=store,
+            on_interrupt=on_interrupt,
+        )
         self._app = None
         if self.config.rollout_workers:
             prepare_ray(self.config.ray_address)
@@ -185,9 +199,9 @@ class Trainer:
         told: dict[str, None] = {}
         for examples in (shown, self._eval):
             if examples is not None:
-                labels = check_examples(self.graph, [examples[0]], inputs, self._reward)
+                labels = check_examples(self.graph, [examples[0]], given, self._reward)
                 told |= dict.fromkeys(labels.told(examples[0]))
-        found = compile_graph(self.graph, shown, inputs)  # the code only guesses: the run decides
+        found = compile_with(self.graph, shown, given)  # the code only guesses: the run decides
         for note in (*told, *found.notes):
             logger.warning(note)
         found = replace(found, notes=(*found.notes, *told))
@@ -197,6 +211,10 @@ class Trainer:
         trained = (*self.config.nodes, *grown) if self.config.nodes else ()
         self._found = found
         self.nodes = found.training(trained).agents
+        self._greedy: set[str] = set()
+        if self.config.temperature is None:
+            greedy = {node: found.graph.nodes[node].get("greedy", False) for node in self.nodes}
+            self._greedy = check_can_learn({node: not own for node, own in greedy.items()})
         agents = agents_of(self.nodes, self.config)
         _check_alternate_order(self.config, [agent.name for agent in agents])
         for base in dict.fromkeys(agent.base_model for agent in agents):
@@ -257,6 +275,7 @@ class Trainer:
             reward=self._reward,
             adapters={node: self.flex_mg.adapter(node) for node in self.nodes},
             frozen=self.flex_mg.frozen,
+            greedy=self._greedy,
             given=self._given,
             ranks=self._ranks,
             # Each process decodes in its own steps: the local engine needs the whole base.

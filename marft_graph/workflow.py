@@ -20,6 +20,9 @@ from marft_graph.errors import GraphError, WorkflowError
 from marft_graph.rollout.inputs import AppInputs, InputFunction
 from marft_graph.rollout.rewards import as_reward_function
 
+_VALUES = ("context", "configurable", "store")
+"""What a task.py may define as a value or as a function of the example."""
+
 
 @dataclass(frozen=True, slots=True)
 class Workflow:
@@ -31,6 +34,10 @@ class Workflow:
     load_data: Callable[..., Any] | None = None
     reward: Callable[..., Any] | None = None
     inputs: InputFunction | None = None
+    context: Any = None
+    configurable: Any = None
+    store: Any = None
+    on_interrupt: Callable[..., Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     """The parsed config.yaml; a relative `base_model` that exists is made absolute."""
 
@@ -76,8 +83,8 @@ def _load_folder(path: Path) -> Workflow:
             place["base_model"] = str((path / base).resolve())
     graph = _graph_in(load_module(path / "graph.py"), "graph", path / "graph.py")
     task = load_module(path / "task.py") if (path / "task.py").is_file() else None
-    functions = {}
-    for name in ("load_data", "reward", "inputs"):
+    functions: dict[str, Any] = {name: getattr(task, name, None) for name in _VALUES}
+    for name in ("load_data", "reward", "inputs", "on_interrupt"):
         function = getattr(task, name, None)
         if name == "reward" and isinstance(function, list | tuple | dict):
             function = as_reward_function(function)

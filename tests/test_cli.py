@@ -83,7 +83,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
         graph="the graph",
         load_data=load_data,
         reward=lambda example, state: 0.0,
-        inputs=None,
+        parts=dict,
         settings={"base_model": "m", "learning_rate": 3e-4, "seed": 5, "dataset": "own"},
     )
     monkeypatch.setattr(marft_graph.workflow, "load_target", lambda name: target)

@@ -97,7 +97,7 @@ def evaluate(
             held_out,
             reward=reward,
             config=config,
-            inputs=target.inputs,
+            **target.parts(),
             against=against,
             prices=_prices(prices),
             episodes_per_example=repeat,

@@ -119,7 +119,7 @@ def _graph_of(target: str | None, run: Path | None, *, dry_run: bool) -> FlexMG:
 
     loaded = load_target(target)
     flex_mg = compile_graph(
-        loaded.graph, _examples_of(loaded, target) if dry_run else None, loaded.inputs
+        loaded.graph, _examples_of(loaded, target) if dry_run else None, **loaded.parts()
     )
     if loaded.settings and flex_mg.agents:
         flex_mg = _as_trained(flex_mg, loaded.settings)

@@ -75,7 +75,7 @@ def trace(
         engine=None,
         reward=workflow.reward,
         nodes=nodes,
-        inputs=workflow.inputs,
+        **workflow.parts(),
         group_size=repeat,
         concurrency=concurrency,
         episode_timeout=timeout,
@@ -158,7 +158,7 @@ def warm_start(
             reward=reward,
             config=config,
             run_dir=Path(folder) / "run",
-            inputs=target.inputs,
+            **target.parts(),
         ) as trainer,
     ):
         stats = trainer.warm_start(found, epochs=passes, batch_size=batch)

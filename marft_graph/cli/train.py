@@ -70,7 +70,7 @@ def train(
         reward=reward,
         config=config,
         run_dir=run_dir,
-        inputs=target.inputs,
+        **target.parts(),
         overwrite=overwrite,
         resume=resume,
         accept_changes=accept_changes,

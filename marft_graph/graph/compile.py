@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 from langgraph.graph import StateGraph
@@ -30,6 +30,9 @@ from marft_graph.graph.roles import Findings, graph_name, inspect_node, remember
 from marft_graph.graph.source import Reading, read_source
 from marft_graph.graph.state_use import ALL, StateUse, state_use
 from marft_graph.names import agent_path, inner_path, vertex_name
+
+if TYPE_CHECKING:
+    from marft_graph.rollout.inputs import AppInputs
 
 App = Pregel[Any, Any, Any, Any]
 
@@ -57,6 +60,11 @@ def compile_graph(
     graph: Any,
     examples: Iterable[Mapping[str, Any]] | None = None,
     inputs: Callable[[Mapping[str, Any]], Any] | Sequence[str] | None = None,
+    *,
+    context: Any = None,
+    configurable: Any = None,
+    store: Any = None,
+    on_interrupt: Callable[..., Any] | None = None,
 ) -> FlexMG:
     """The Flex-MG of an app: who calls a model, what runs after what, who may observe whom.
 
@@ -67,17 +75,34 @@ def compile_graph(
             app's tools and other nodes do run.
         inputs: a list of the examples' keys that the graph is given, or a function that makes its
             input from an example.
+        context: what nodes find as `runtime.context`: a value, or a function of the example.
+        configurable: values of `config["configurable"]`, likewise.
+        store: what an episode's store holds at its beginning, likewise; see `run_episodes`.
+        on_interrupt: `reviewer(example, state, interrupt)` answers the app's interrupts.
 
     Raises:
         GraphError: the object is no LangGraph app, or its builder does not compile.
         DatasetError: no examples, or an example without the graph's input keys.
     """
-    flex_mg = _compile(graph)
-    if examples is None:
-        return flex_mg
-    from marft_graph.rollout.dry_run import add_dry_run  # runs graphs, which needs this module
+    from marft_graph.rollout.inputs import AppInputs  # runs graphs, which needs this module
 
-    return add_dry_run(flex_mg, graph, examples, inputs)
+    if examples is None:
+        return _compile(graph)
+    given = AppInputs(
+        inputs=inputs,
+        context=context,
+        configurable=configurable,
+        store=store,
+        on_interrupt=on_interrupt,
+    )
+    return compile_with(graph, examples, given)
+
+
+def compile_with(graph: Any, examples: Iterable[Mapping[str, Any]], given: AppInputs) -> FlexMG:
+    """`compile_graph` with examples, for an app that is called as `given` says."""
+    from marft_graph.rollout.dry_run import add_dry_run  # as above
+
+    return add_dry_run(_compile(graph), graph, examples, given)
 
 
 def _compile(graph: Any) -> FlexMG:

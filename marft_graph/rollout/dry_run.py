@@ -19,11 +19,12 @@ from langchain_core.messages import AIMessage
 from marft_graph.engine.base import GenerationRequest
 from marft_graph.engine.fake import FakeEngine
 from marft_graph.episode import Episode, observations
-from marft_graph.errors import UndecidedCallError
+from marft_graph.errors import ReviewerError, UndecidedCallError
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.names import agent_path
-from marft_graph.rollout.inputs import InputFunction
-from marft_graph.rollout.runner import run_episodes
+from marft_graph.rollout.episodes import Rollout
+from marft_graph.rollout.inputs import AppInputs
+from marft_graph.rollout.settings import RolloutSettings
 from marft_graph.rollout.structure import schema_of
 
 TEXT = "dry run"
@@ -35,7 +36,7 @@ def add_dry_run(
     flex_mg: FlexMG,
     graph: Any,
     examples: Iterable[Mapping[str, Any]],
-    inputs: InputFunction | None = None,
+    given: AppInputs,
 ) -> FlexMG:
     """The Flex-MG with what some runs showed: more agents, and how often each calls its model.
 
@@ -46,8 +47,7 @@ def add_dry_run(
         flex_mg: of the same app, as compiled.
         graph: the app; its nodes run, with their side effects, but no model does.
         examples: what to run it on; the first 8 are used.
-        inputs: a list of the examples' keys that the graph is given, or a function that makes its
-            input from an example.
+        given: how the app is called.
 
     Raises:
         DatasetError: no examples, or an example without the graph's input keys.
@@ -56,15 +56,18 @@ def add_dry_run(
     episodes: list[Episode] = []
     undecided = ""
     try:
-        episodes = run_episodes(
-            graph,
-            list(islice(examples, _MOST_EXAMPLES)),
+        rollout = Rollout(
+            graph=graph,
             engine=engine,
-            inputs=inputs,
-            episode_timeout=_SECONDS,
+            reward=None,
+            nodes=(),
+            adapters={},
+            given=given,
+            settings=RolloutSettings(episode_timeout=_SECONDS),
         )
-    except UndecidedCallError as error:  # no call leaves: what cannot be scripted ends the run
-        undecided = str(error)
+        episodes = rollout.run(islice(examples, _MOST_EXAMPLES))
+    except (UndecidedCallError, ReviewerError) as error:  # no call leaves: what cannot be scripted
+        undecided = str(error)  # ends the run
     finally:
         engine.close()
     if undecided:
@@ -77,8 +80,19 @@ def add_dry_run(
         if data["role"] == "agent" and whole:
             calls = sum(agent_path(call.node) == node for e in whole for call in e.calls)
             data["calls"] = round(calls / len(whole), 2)
+    for node in greedy_nodes(episodes):
+        found.nodes[node]["greedy"] = True
     result = replace(flex_mg, graph=found, notes=()).observed(observations(whole))
     return replace(result, notes=(*_notes(result, episodes),))
+
+
+def greedy_nodes(episodes: Iterable[Episode]) -> set[str]:
+    """Agents that the app asks at temperature 0 only."""
+    most: dict[str, float] = {}
+    for call in (call for episode in episodes for call in episode.calls):
+        node = agent_path(call.node)
+        most[node] = max(most.get(node, 0.0), call.temperature)
+    return {node for node, temperature in most.items() if temperature == 0}
 
 
 def with_agent(flex_mg: FlexMG, node: str) -> FlexMG:

@@ -6,12 +6,12 @@ What becomes of a failure is decided here; how many episodes run, and their rewa
 from __future__ import annotations
 
 import asyncio
-import uuid
+import contextvars
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
-from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.errors import GraphRecursionError
 from langgraph.pregel import Pregel
 
 from marft_graph.engine.base import Engine
@@ -19,24 +19,31 @@ from marft_graph.episode import Call, Episode, Failure, Reward
 from marft_graph.errors import (
     CallTimeoutError,
     EpisodeTimeoutError,
+    ReviewerError,
     RewardError,
     UndecidedCallError,
 )
 from marft_graph.names import agent_path
+from marft_graph.rollout.app_run import AppRun
 from marft_graph.rollout.decisions import Decisions
 from marft_graph.rollout.emit import shares
+from marft_graph.rollout.inputs import AppCall, Reviewer, context_hint
 from marft_graph.rollout.intercept import intercepting
+from marft_graph.rollout.isolation import Isolation, isolated
 from marft_graph.rollout.labels import Labels
+from marft_graph.rollout.limits import RECURSION_LIMIT, limit_of_graph, too_many_steps
 from marft_graph.rollout.quiescence import Quiescence
 from marft_graph.rollout.reads import recording_reads
-from marft_graph.rollout.recorder import EpisodeRecorder, RecordedCall, TaskWatch, readable
+from marft_graph.rollout.recorder import EpisodeRecorder, RecordedCall, readable
+from marft_graph.rollout.review import Review, told
 from marft_graph.rollout.rewards import shown
 from marft_graph.rollout.scopes import RUN_KEY
 from marft_graph.rollout.settings import RolloutSettings
 from marft_graph.rollout.shape import GraphShape
 from marft_graph.rollout.structure import FAULT_NAMES, failure_of
 from marft_graph.rollout.task_runs import CallMark
-from marft_graph.rollout.trace import Event, is_last_attempt, trace_episode
+from marft_graph.rollout.trace import is_last_attempt, trace_episode
+from marft_graph.rollout.watch import Attempts, TaskWatch
 from marft_graph.rollout.worker_threads import owned_by
 
 _CANCEL_SECONDS = 2.0
@@ -47,7 +54,7 @@ class Plan:
     """One episode that is to be run."""
 
     example: Mapping[str, Any]
-    value: Any
+    call: AppCall
     example_index: int
     group: int
     seed: int
@@ -63,16 +70,27 @@ class Shared:
     labels: Labels
     decisions: Decisions
     settings: RolloutSettings
+    reviewer: Reviewer | None = None
 
 
 class EpisodeRun:
-    """One run of the app, from its input to an `Episode`."""
+    """One run of the app, from its input to an `Episode`.
 
-    def __init__(self, shared: Shared, plan: Plan, quiescence: Quiescence) -> None:
+    Args:
+        shared: with the other episodes.
+        plan: what is run.
+        quiescence: the event loop and the worker threads.
+        is_sync: whether to call the app synchronously.
+    """
+
+    def __init__(
+        self, shared: Shared, plan: Plan, quiescence: Quiescence, *, is_sync: bool = False
+    ) -> None:
         self._shared = shared
         self._plan = plan
         self._workers = quiescence.workers
         self._owner = object()
+        self._is_sync = is_sync
         self._watch = TaskWatch()
         self._recorder = EpisodeRecorder(
             shared.engine,
@@ -83,31 +101,62 @@ class EpisodeRun:
             order=(plan.example_index, plan.group),
             settings=shared.settings,
         )
-        self._events: list[Event] = []
-        self._state: Any = None
+        settings = shared.settings
+        self._steps = limit_of_graph(shared.graph, settings.recursion_limit)
+        self._isolation = Isolation(
+            plan.call.store, recursion_limit=settings.recursion_limit or RECURSION_LIMIT
+        )
+        review = Review(
+            shared.reviewer,
+            plan.example,
+            self._workers,
+            settings.reward_timeout,
+            self._steps,
+            contextvars.copy_context(),
+        )
+        self._app = AppRun(
+            shared.graph,
+            plan.call,
+            self._isolation,
+            review,
+            is_sync=is_sync,
+            workers=self._workers,
+        )
         self._error: BaseException | None = None
-        self._is_interrupted = False
+
+    @property
+    def sync_only(self) -> BaseException | None:
+        """Why the app has to be called synchronously, where it was not and has to be."""
+        return None if self._is_sync else self._watch.sync_only
+
+    @property
+    def is_async_only(self) -> bool:
+        """Whether the app could not be called synchronously."""
+        return isinstance(self._error, TypeError) and "No synchronous function" in str(self._error)
 
     async def play(self) -> None:
         """Run the app until its end, its failure or its deadline."""
         timeout = self._shared.settings.episode_timeout
-        reads = self._recorder.reads
         with (
             intercepting(self._recorder) as metadata,
-            recording_reads(metadata[RUN_KEY], reads),
+            recording_reads(metadata[RUN_KEY], self._recorder.reads),
+            isolated(self._isolation, metadata[RUN_KEY]),
             owned_by(self._owner),
         ):
-            task = asyncio.ensure_future(self._stream(metadata))
+            task = asyncio.ensure_future(
+                self._app.play(metadata=metadata, callbacks=[self._watch], steps=self._steps)
+            )
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
             try:
                 done, _ = await asyncio.wait([task], timeout=timeout)
                 if done:
                     self._error = task.exception()
                     return
-                self._recorder.end()
                 self._error = EpisodeTimeoutError(
                     f"the episode took longer than {timeout:g} seconds (episode_timeout)"
+                    + self._waited_for()
                 )
+                self._recorder.end()
                 task.cancel()
                 await asyncio.wait([task], timeout=_CANCEL_SECONDS)
             finally:
@@ -118,25 +167,13 @@ class EpisodeRun:
                     task.cancel()
                     await asyncio.wait([task], timeout=_CANCEL_SECONDS)
 
-    async def _stream(self, metadata: dict[str, str]) -> None:
-        graph = self._shared.graph
-        if graph.checkpointer:  # the app's own store is not for training runs
-            graph = graph.copy(update={"checkpointer": InMemorySaver()})
-        config: Any = {
-            "configurable": {"thread_id": str(uuid.uuid4())},
-            "metadata": metadata,
-            "callbacks": [self._watch],
-        }
-        stream = graph.astream(
-            self._plan.value, config, stream_mode=["tasks", "values"], subgraphs=True
-        )
-        async for item in stream:
-            namespace, mode, payload = cast("tuple[tuple[str, ...], str, Any]", item)
-            self._events.append(Event(namespace, mode, payload))
-            if mode == "values" and not namespace:
-                self._state = payload
-            elif mode == "tasks" and payload.get("interrupts"):
-                self._is_interrupted = True
+    def _waited_for(self) -> str:
+        """What the app is waiting for now, for the message of a time-out."""
+        if unanswered := self._recorder.unanswered():
+            more = f" and {len(unanswered) - 1} more calls" if len(unanswered) > 1 else ""
+            return f"; it was waiting for {unanswered[0]}{more}"
+        running = self._watch.running()
+        return f"; running then: {', '.join(running[:3])}" if running else ""
 
     def episode(self) -> Episode:
         """What is left of the run.
@@ -144,16 +181,21 @@ class EpisodeRun:
         Raises:
             RewardError: a node emitted what is no reward.
             UndecidedCallError: a node asked a model, and nobody had decided who answers it.
+            ReviewerError: the app's interrupts could not be answered.
         """
         status, error, earned = self._outcome()
         ended_by = self._recorder.fatal or self._error
         attempts = dict(self._watch.attempts())
         recorded = self._recorder.calls.copy()
-        marks = [_mark(call) for call in recorded]
-        emitted = [e for e in self._recorder.emitted if is_last_attempt(e.attempts, attempts)]
+        marks = [_mark(call, self._standing(call.attempts)) for call in recorded]
+        emitted = [
+            e
+            for e in self._recorder.emitted
+            if is_last_attempt(self._standing(e.attempts), attempts)
+        ]
         emitted = emitted if status == "ok" else []
         trace = trace_episode(
-            self._events,
+            self._app.events,
             marks,
             self._shared.shape,
             attempts,
@@ -175,7 +217,7 @@ class EpisodeRun:
             example=self._plan.example,
             calls=tuple(calls),
             outcome_reward=unclaimed + earned,
-            state=self._state if status == "ok" else None,
+            state=self._app.state if status == "ok" else None,
             status=status,
             error=error,
             failure=None if status == "ok" else self._failure(),
@@ -184,6 +226,9 @@ class EpisodeRun:
             seed=self._plan.seed,
             example_index=self._plan.example_index,
         )
+
+    def _standing(self, attempts: Attempts) -> Attempts:
+        return self._watch.standing(attempts, is_saved=self._app.is_saved)
 
     def _failure(self) -> Failure:
         """What kind of thing ended an episode that failed."""
@@ -200,22 +245,17 @@ class EpisodeRun:
             raise undecided
         if isinstance(self._recorder.fatal, RewardError):
             raise RewardError(f"{self._recorder.fatal}, on example {shown(self._plan.example)}")
+        if isinstance(error, ReviewerError):
+            raise error
         if isinstance(error, EpisodeTimeoutError):
             return "failed: timeout", str(error), 0.0
         error = self._recorder.fatal or error
-        if error is None and self._is_interrupted:
-            return (
-                "failed: interrupt",
-                (
-                    "the app called interrupt() and waits for a person; train it with a graph that "
-                    "does not interrupt"
-                ),
-                0.0,
-            )
+        if error is None and self._app.is_waiting:
+            return "failed: interrupt", told(self._app.waiting, after=self._app.resumed), 0.0
         if error is None:
             return "ok", "", 0.0
         node = self._watch.node_of(error)
-        name, said = type(error).__name__, str(error)
+        name, said = type(error).__name__, self._said(error)
         names = [kind.__name__ for kind in type(error).__mro__]
         answers = [(recorded.call, recorded.problem) for recorded in self._recorder.calls]
         why = failure_of(error, self._watch.task_of(error), answers)
@@ -231,15 +271,25 @@ class EpisodeRun:
                 return "ok", text, rewards[kind]
         return f"failed: {name}{where}", text, 0.0
 
+    def _said(self, error: BaseException) -> str:
+        """An error's text, with what there is to do where that is known."""
+        if isinstance(error, GraphRecursionError):
+            tasks = [e.payload for e in self._app.events if e.mode == "tasks"]
+            names = [task["name"] for task in tasks if "triggers" in task]
+            return too_many_steps(self._steps, names)
+        if isinstance(error, AttributeError | TypeError) and "NoneType" in str(error):
+            return str(error) + context_hint(self._shared.graph, self._plan.call.context)
+        return str(error)
 
-def _mark(recorded: RecordedCall) -> CallMark:
+
+def _mark(recorded: RecordedCall, attempts: Attempts) -> CallMark:
     steps = tuple(part[1:] for part in recorded.lineage)
     return CallMark(
         namespace=recorded.call.namespace,
         begun=recorded.begun,
         ended=recorded.ended,
         key=(str(steps), recorded.call.node, recorded.request.seed),
-        attempts=recorded.attempts,
+        attempts=attempts,
         answer=recorded.message.text,
         prompt=recorded.call.messages,
     )

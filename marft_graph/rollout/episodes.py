@@ -6,7 +6,10 @@ It owns concurrency and what becomes of a reward that fails. It knows nothing of
 from __future__ import annotations
 
 import asyncio
+import logging
+import textwrap
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,7 +33,7 @@ from marft_graph.rollout.episode_run import (
     reward_failure,
     with_reward,
 )
-from marft_graph.rollout.inputs import AppInputs, graph_inputs
+from marft_graph.rollout.inputs import AppCall, AppInputs, app_call, listed_examples
 from marft_graph.rollout.labels import Labels, labels_of, say_once
 from marft_graph.rollout.process_loop import Blocked, process_loop
 from marft_graph.rollout.quiescence import Quiescence
@@ -40,7 +43,11 @@ from marft_graph.rollout.scopes import outside_runs
 from marft_graph.rollout.settings import RolloutSettings, check_at_least
 from marft_graph.rollout.shape import GraphShape
 
+logger = logging.getLogger(__name__)
+
 _CANCEL_SECONDS = 2.0
+_synchronous: weakref.WeakSet[Pregel[Any, Any, Any, Any]] = weakref.WeakSet()
+"""Apps that have been found to work only synchronously."""
 
 
 class Rollout:
@@ -85,6 +92,7 @@ class Rollout:
                 on_new_node=on_new_node,
             ),
             settings=settings,
+            reviewer=given.on_interrupt,
         )
 
     def run(
@@ -101,19 +109,13 @@ class Rollout:
             ConfigError, DatasetError, RewardError, asyncio.CancelledError: as in `run_episodes`.
         """
         check_at_least("group_size", group_size, 1)
-        listed, values = graph_inputs(
-            self._shared.graph,
-            examples,
-            self._given.inputs,
-            withheld=self._shared.labels.withheld,
-        )
+        graph, withheld = self._shared.graph, self._shared.labels.withheld
+        listed = listed_examples(graph, examples, self._given, withheld=withheld)
         self._shared.labels.refuse_read(listed)
         say_once(self._shared.labels.told({key for example in listed for key in example}))
         plans = [
-            Plan(example, value, index, group, stable_seed(seed, index, group))
-            for index, (example, value) in enumerate(
-                zip(listed, values, strict=True), first_example
-            )
+            Plan(example, self._call(example), index, group, stable_seed(seed, index, group))
+            for index, example in enumerate(listed, first_example)
             for group in range(group_size)
         ]
         gated = self._shared.engine if isinstance(self._shared.engine, SupportsGate) else None
@@ -175,10 +177,35 @@ class Rollout:
             )
         return None
 
+    def _call(self, example: Mapping[str, Any]) -> AppCall:
+        withheld = self._shared.labels.withheld
+        return app_call(self._shared.graph, example, self._given, withheld=withheld)
+
+    async def _played(self, plan: Plan, quiescence: Quiescence) -> EpisodeRun:
+        """A run of the app: an asynchronous one, unless the app works only synchronously."""
+        is_sync = self._shared.graph in _synchronous
+        run = EpisodeRun(self._shared, plan, quiescence, is_sync=is_sync)
+        await run.play()
+        cause = run.sync_only
+        if cause is None:
+            return run
+        plan = replace(plan, call=self._call(plan.example))
+        again = EpisodeRun(self._shared, plan, quiescence, is_sync=True)
+        await again.play()
+        if again.is_async_only:
+            return run
+        if self._shared.graph not in _synchronous:
+            _synchronous.add(self._shared.graph)
+            logger.warning(
+                "something in the app works only synchronously (%s): its episodes call it by "
+                "stream(), each in a thread of its own",
+                textwrap.shorten(str(cause), width=120, placeholder="...") or "NotImplementedError",
+            )
+        return again
+
     async def _episode(self, plan: Plan, quiescence: Quiescence, rewards: RewardCalls) -> Episode:
         started = time.monotonic()
-        run = EpisodeRun(self._shared, plan, quiescence)
-        await run.play()
+        run = await self._played(plan, quiescence)
         episode = run.episode()
         if episode.ok and not episode.error and self._reward is not None:
             named = self._names | {c.node for c in episode.calls}

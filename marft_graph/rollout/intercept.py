@@ -41,6 +41,7 @@ from marft_graph.rollout.scopes import (
     known_metadata,
     places,
 )
+from marft_graph.rollout.token_limits import limit_of_app
 
 PATCHED_NAMES = (
     "generate",
@@ -212,7 +213,7 @@ def _read_call(
         response_format=structure,
         asked=asked,
         stop=(stops,) if isinstance(stops, str) else tuple(stops),
-        max_tokens=limit or own.get("ls_max_tokens"),
+        max_tokens=limit or limit_of_app(model, own.get("ls_max_tokens"), place.node),
         temperature=None if temperature is None else float(temperature),
         model_name=str(own.get("ls_model_name") or type(model).__name__),
     )

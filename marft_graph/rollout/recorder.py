@@ -1,7 +1,6 @@
 """What happens inside one episode while it runs: `EpisodeRecorder` answers and records its calls.
 
-`TaskWatch` follows the app's own task runs, so that a call knows the tasks around it, their order
-and their attempts. Parents are found after the episode, in `trace`.
+The tasks around a call are known from `watch`; parents are found after the episode, in `trace`.
 """
 
 from __future__ import annotations
@@ -15,11 +14,9 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
-from uuid import UUID
 
-from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 
 from marft_graph.engine.base import (
@@ -46,9 +43,12 @@ from marft_graph.rollout.quiescence import Quiescence
 from marft_graph.rollout.read_log import ReadLog
 from marft_graph.rollout.responder import Delegate, InterceptedCall, Pending, Responder
 from marft_graph.rollout.rewards import finite_number
-from marft_graph.rollout.scopes import whole_namespace
 from marft_graph.rollout.settings import RolloutSettings
 from marft_graph.rollout.structure import problem_of, raise_as_own_model, told
+from marft_graph.rollout.watch import TaskWatch
+
+_JUST_NOW = 0.1
+"""Seconds before the deadline that count as its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,96 +89,6 @@ def stable_seed(*parts: Any) -> int:
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-class TaskWatch(BaseCallbackHandler):
-    """Follows the runs of graph tasks by LangChain's callbacks."""
-
-    run_inline = True  # before the node's own code, on the event loop
-    # Chains are all it follows; left on, LangChain prepares the others' events for nobody.
-    ignore_llm = ignore_chat_model = ignore_agent = ignore_retriever = True
-    ignore_retry = ignore_custom_event = True
-
-    def __init__(self) -> None:
-        self.failures: list[tuple[BaseException, str]] = []
-        """Exceptions with the namespace of the task that they left, innermost first."""
-        self._lock = threading.Lock()
-        self._namespaces: dict[UUID, str] = {}
-        self._task_runs: dict[UUID, str] = {}
-        self._attempts: Counter[str] = Counter()
-        self._places: dict[str, tuple[Any, ...]] = {}
-
-    def on_chain_start(
-        self,
-        serialized: dict[str, Any] | None,
-        inputs: Any,
-        *,
-        run_id: UUID,
-        parent_run_id: UUID | None = None,
-        tags: list[str] | None = None,
-        metadata: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Count a task's attempt when its outermost run begins."""
-        known = metadata or {}
-        namespace = whole_namespace(known)
-        with self._lock:
-            above = self._namespaces.get(parent_run_id, "") if parent_run_id else ""
-            self._namespaces[run_id] = namespace
-            if not namespace or namespace == above:
-                return
-            self._task_runs[run_id] = namespace
-            self._attempts[namespace] += 1
-            path = plain_path(known.get("langgraph_path", ()))
-            name = known.get("langgraph_node", "")
-            self._places[namespace] = (name, int(known.get("langgraph_step", 0)), path)
-
-    def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
-        """Note the node that an exception left."""
-        with self._lock:
-            namespace = self._task_runs.get(run_id)
-            if namespace is not None:
-                self.failures.append((error, namespace))
-
-    def lineage(self, namespace: str) -> tuple[Any, ...]:
-        """Places of the tasks around a call, without task ids."""
-        with self._lock:
-            return tuple(
-                self._places.get(prefix, (prefix.rpartition("|")[2].partition(":")[0], 0, ""))
-                for prefix in _prefixes(namespace)
-            )
-
-    def attempts(self, namespace: str | None = None) -> tuple[tuple[str, int], ...]:
-        """How often each task has begun by now: those around a call, or all."""
-        with self._lock:
-            names = list(self._attempts) if namespace is None else _prefixes(namespace)
-            return tuple((name, self._attempts.get(name, 1)) for name in names)
-
-    def task_of(self, error: BaseException) -> str:
-        """Namespace of the innermost task that an exception left; empty: of none."""
-        with self._lock:
-            for seen, namespace in self.failures:
-                if seen is error:
-                    return namespace
-        return ""
-
-    def node_of(self, error: BaseException) -> str:
-        """The innermost node that an exception left; empty: none."""
-        task = self.task_of(error)
-        return node_path(task) if task else ""
-
-
-def _prefixes(namespace: str) -> list[str]:
-    """The namespace and those around it, outermost first."""
-    return list(itertools.accumulate(namespace.split("|"), lambda left, right: f"{left}|{right}"))
-
-
-def plain_path(path: Any) -> str:
-    """A LangGraph task path as text, without task ids."""
-    if isinstance(path, tuple | list):
-        return "(" + ",".join(plain_path(part) for part in path) + ")"
-    text = str(path)
-    return "" if isinstance(path, str) and text.count("-") == 4 else text
 
 
 class EpisodeRecorder(Responder):
@@ -227,7 +137,9 @@ class EpisodeRecorder(Responder):
         """What the app's tasks read of their state, on the clock of the calls."""
         self._lock = threading.Lock()
         self._repeats: Counter[tuple[Any, ...]] = Counter()
-        self._futures: set[Future[Completion]] = set()
+        self._futures: dict[Future[Completion], str] = {}
+        """What the engine has not answered yet, in words."""
+        self._late: list[str] = []
         self._is_over = False
 
     def agent_for(self, node: str) -> str | None:
@@ -275,6 +187,11 @@ class EpisodeRecorder(Responder):
         """Seconds until the episode's deadline."""
         return max(0.0, self._deadline - time.monotonic())
 
+    def unanswered(self) -> list[str]:
+        """The calls that the engine has not answered yet, in words."""
+        with self._lock:
+            return [*self._futures.values(), *self._late]
+
     def blocked_on(self, future: Future[Any]) -> AbstractContextManager[None]:
         """Tells the gate that this thread waits."""
         return self._quiescence.blocked_on(future)
@@ -290,6 +207,9 @@ class EpisodeRecorder(Responder):
             self.asked[call.node] += 1
         if self._engine is None:
             return self._watched(call)
+        most = self._settings.max_new_tokens
+        if self._settings.cap_new_tokens and (call.max_tokens or 0) > most:
+            call = replace(call, max_tokens=most)
         codec = self._engine.codec(call.agent)
         prompt = prompt_of(
             call,
@@ -325,7 +245,7 @@ class EpisodeRecorder(Responder):
             self._note(error)
             raise
         with self._lock:
-            self._futures.add(future)
+            self._futures[future] = f"{told_tokens(request)} from node {call.node!r}"
             is_over = self._is_over
         future.add_done_callback(self._settled)
         if is_over:  # it ended meanwhile: nobody else would cancel this one
@@ -426,7 +346,9 @@ class EpisodeRecorder(Responder):
 
     def _settled(self, future: Future[Completion]) -> None:
         with self._lock:
-            self._futures.discard(future)
+            asked = self._futures.pop(future, "")
+            if future.cancelled() and self.seconds_left() < _JUST_NOW:
+                self._late.append(asked)  # whoever waited for it has met the episode's deadline
         error = None if future.cancelled() else future.exception()
         if isinstance(error, MarftError):
             self._note(error)
@@ -434,6 +356,11 @@ class EpisodeRecorder(Responder):
     def _note(self, error: MarftError) -> None:
         with self._lock:
             self.fatal = self.fatal or error
+
+
+def told_tokens(request: GenerationRequest) -> str:
+    """What a request asks for, for a message."""
+    return f"a completion of up to {request.sampling.max_tokens} tokens"
 
 
 def _digest(ids: tuple[int, ...]) -> str:

@@ -18,6 +18,7 @@ from typing import Any, SupportsFloat, TypeVar
 
 from marft_graph.episode import Episode, Reward, check_reward_size
 from marft_graph.errors import ConfigError, RewardError
+from marft_graph.rollout.copies import own_copy
 from marft_graph.rollout.process_loop import REWARD_TASK
 from marft_graph.rollout.scopes import outside_runs
 from marft_graph.rollout.worker_threads import WorkerThreads
@@ -50,7 +51,7 @@ class CombinedReward:
     async def __call__(self, example: Mapping[str, Any], state: Any) -> Reward:
         """Call all parts at once, synchronous ones in threads; a rollout does so by itself."""
         results = await asyncio.gather(
-            *(_result_of(part.function, example, state) for part in self.parts)
+            *(_result_of(part.function, own_copy(example), state) for part in self.parts)
         )
         return self.total([as_reward(result) for result in results])
 
@@ -219,7 +220,7 @@ class RewardCalls:
     ) -> Reward:
         try:
             with outside_runs():  # a judge asks its own model, whoever runs
-                result = await self._result(reward, example, state)
+                result = await self._result(reward, own_copy(example), state)
         except Exception as error:
             if isinstance(error, _TooSlow):
                 problem = f"took longer than {self._timeout:g} seconds (reward_timeout)"

@@ -13,7 +13,7 @@ from marft_graph.episode import Episode
 from marft_graph.graph.compile import as_compiled
 from marft_graph.rollout.cancellation import Cancellation
 from marft_graph.rollout.episodes import Rollout
-from marft_graph.rollout.inputs import AppInputs, InputFunction, graph_inputs
+from marft_graph.rollout.inputs import AppInputs, InputFunction, Reviewer, listed_examples
 from marft_graph.rollout.labels import Labels, labels_of
 from marft_graph.rollout.rewards import RewardFunction, Rewards
 from marft_graph.rollout.settings import RolloutSettings
@@ -30,6 +30,10 @@ def run_episodes(
     new_nodes: Literal["stop", "freeze", "train"] = "stop",
     adapters: Mapping[str, str] | None = None,
     inputs: InputFunction | None = None,
+    context: Any = None,
+    configurable: Any = None,
+    store: Any = None,
+    on_interrupt: Reviewer | None = None,
     seed: int = 0,
     first_example: int = 0,
     group_size: int = 1,
@@ -39,7 +43,9 @@ def run_episodes(
     reward_timeout: float = 60.0,
     reward_concurrency: int = 64,
     temperature: float | None = None,
+    recursion_limit: int | None = None,
     max_new_tokens: int = 256,
+    cap_new_tokens: bool = False,
     constrain_output: bool = False,
     schema_in_prompt: bool = True,
     greedy: bool = False,
@@ -69,6 +75,14 @@ def run_episodes(
             one name share its adapter.
         inputs: a list of the examples' keys that the graph is given, or a function that makes its
             input from an example.
+        context: what nodes find as `runtime.context`: a value, or a function of the example. By
+            default the graph's `context_schema` with its defaults, where all its fields have one.
+        configurable: values of `config["configurable"]`: a mapping, or a function of the example.
+        store: what the store of an episode holds at its beginning: dicts of keys to values by
+            namespace, a store, which is copied, or a function of the example that makes one of
+            them. By default what the app's own store holds, if that is one in memory.
+        on_interrupt: `reviewer(example, state, interrupt)`, sync or async: what the interrupted
+            node gets, as from `Command(resume=...)`. None: an interrupted episode fails.
         seed: with the same seed, app and engine, the episodes are the same.
         first_example: number of the first example, where these are some of many; it is part of the
             seeds.
@@ -80,7 +94,10 @@ def run_episodes(
         reward_timeout: seconds that one reward may take.
         reward_concurrency: reward functions that run at once; synchronous ones in worker threads.
         temperature: sampling temperature; none: what the app asks for, else 1.
+        recursion_limit: steps that a graph may take; None: what the app sets by `with_config`,
+            else 25.
         max_new_tokens: limit of a completion where the app sets none.
+        cap_new_tokens: let `max_new_tokens` also bound calls for which the app allows more.
         constrain_output: let calls that ask for structured output by a JSON schema, or force a
             tool call, write nothing else, on an engine that can (the local one, with the extra
             `grammar`).
@@ -104,6 +121,8 @@ def run_episodes(
         DatasetError: no examples, or an example without the graph's input keys.
         UndecidedCallError: a node that is neither trained nor frozen asked its model, or code whose
             node cannot be told; the message has the node, its function and the line of the call.
+        ConfigError: a context, configurable or store of the wrong kind.
+        ReviewerError: `on_interrupt` failed; the message shows the interrupt and the example.
         RewardError: the reward function failed (unless `reward_errors` is `drop`), or a node
             emitted what is no reward; the message shows the example.
         asyncio.CancelledError: it was cancelled.
@@ -115,7 +134,13 @@ def run_episodes(
         nodes=nodes or (),
         frozen=frozen,
         adapters=adapters or {},
-        given=AppInputs(inputs=inputs),
+        given=AppInputs(
+            inputs=inputs,
+            context=context,
+            configurable=configurable,
+            store=store,
+            on_interrupt=on_interrupt,
+        ),
         settings=RolloutSettings(
             concurrency=concurrency,
             episode_timeout=episode_timeout,
@@ -123,7 +148,9 @@ def run_episodes(
             reward_timeout=reward_timeout,
             reward_concurrency=reward_concurrency,
             temperature=0.0 if greedy else temperature,
+            recursion_limit=recursion_limit,
             max_new_tokens=max_new_tokens,
+            cap_new_tokens=cap_new_tokens,
             constrain_output=constrain_output,
             schema_in_prompt=schema_in_prompt,
             fault_rewards=dict(fault_rewards or {}),
@@ -139,7 +166,7 @@ def run_episodes(
 def check_examples(
     graph: Any,
     examples: Iterable[Mapping[str, Any]],
-    inputs: InputFunction | None = None,
+    given: AppInputs,
     reward: RewardFunction | None = None,
 ) -> Labels:
     """Refuse examples that `run_episodes` would refuse, before anything is loaded.
@@ -148,10 +175,10 @@ def check_examples(
         The labels that it would withhold, and those that it might have to.
 
     Raises:
-        GraphError, DatasetError: as in `run_episodes`.
+        GraphError, DatasetError, ConfigError: as in `run_episodes`.
     """
     app = as_compiled(graph)
-    labels = labels_of(app, reward) if inputs is None else Labels()
-    listed, _ = graph_inputs(app, examples, inputs, withheld=labels.withheld)
+    labels = labels_of(app, reward) if given.inputs is None else Labels()
+    listed = listed_examples(app, examples, given, withheld=labels.withheld)
     labels.refuse_read(listed)
     return labels

@@ -31,6 +31,10 @@ class RolloutSettings:
     """Sampling temperature, at least 0; None: what the app asks for, else 1."""
     max_new_tokens: int = 256
     """Tokens of a completion where the app sets no limit, at least 1."""
+    cap_new_tokens: bool = False
+    """Whether `max_new_tokens` also bounds calls for which the app allows more."""
+    recursion_limit: int | None = None
+    """Steps of a graph, at least 1; None: what the app sets by `with_config`, else 25."""
     constrain_output: bool = False
     """Whether calls that ask for structured output, or force a tool, can write nothing else."""
     schema_in_prompt: bool = True

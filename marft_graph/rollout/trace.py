@@ -221,6 +221,8 @@ class _Tracer:
         return min(inside, default=math.inf)
 
     def _start_task(self, run: Run, payload: Mapping[str, Any]) -> None:
+        if any(task is self._tasks.get(payload["id"]) for task in run.current):
+            return  # the superstep goes on after an interrupt
         if run.current and all(task.is_over for task in run.current):
             self._apply_writes(run)
             run.previous, run.current = run.current, []
@@ -299,7 +301,7 @@ class _Tracer:
 
     def _end_task(self, run: Run, payload: Mapping[str, Any]) -> None:
         task = self._tasks.get(payload["id"])
-        if task is None:
+        if task is None or payload.get("interrupts"):  # an interrupted task begins again
             return
         task.is_over = True
         result = payload.get("result")
