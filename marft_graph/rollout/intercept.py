@@ -28,7 +28,7 @@ from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables.config import RunnableConfig, ensure_config
 
 from marft_graph.errors import ConfigError, EpisodeTimeoutError
-from marft_graph.rollout import own_models, scopes, streaming
+from marft_graph.rollout import overrides, own_models, scopes, streaming
 from marft_graph.rollout.asked import REASON_KEYS, asked_for, what_is_asked
 from marft_graph.rollout.own_models import pass_on, refuse_late
 from marft_graph.rollout.responder import Delegate, InterceptedCall, Pending, Responder
@@ -107,6 +107,7 @@ def _install() -> None:
         _originals[name] = BaseChatModel.__dict__[name]
     for name, replacement in replacements.items():
         setattr(BaseChatModel, name, replacement)
+    overrides.follow(_passes, _own_way)
     own_models.follow()
     scopes.follow()
 
@@ -115,6 +116,7 @@ def _restore() -> None:
     # The originals stay known: a call that is inside a replacement now still needs them.
     for name in PATCHED_NAMES:
         setattr(BaseChatModel, name, _originals[name])
+    overrides.leave()
     own_models.leave()
     scopes.leave()
 
@@ -161,6 +163,25 @@ def _route(metadata: Mapping[str, Any] | None) -> tuple[Place, str] | None:
         if agent is not None and (place.run.is_active or place.run.responder.is_strict):
             return place, agent
     return None
+
+
+def _passes(model: BaseChatModel, metadata: Mapping[str, Any] | None) -> bool:
+    """Whether a call is left to the model's own class; the runs around it are told."""
+    if _is_delegated.get():
+        return True
+    routed = _route(metadata)
+    if routed is None:
+        pass_on(type(model).__name__, metadata)
+    return routed is None
+
+
+@contextmanager
+def _own_way() -> Iterator[None]:
+    token = _is_delegated.set(True)
+    try:
+        yield
+    finally:
+        _is_delegated.reset(token)
 
 
 def _begin(

@@ -13,6 +13,8 @@ from typing import Any, TypedDict
 import pytest
 from langchain_core.language_models.fake import FakeListLLM
 from langchain_core.language_models.fake_chat_models import FakeListChatModel
+from langchain_core.messages import AIMessage
+from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import RunnableLambda
 from langchain_openai import ChatOpenAI
 from langgraph.graph import START, StateGraph
@@ -25,6 +27,31 @@ openai = ChatOpenAI(model="gpt-4o", api_key="none", base_url="http://127.0.0.1:9
 free = FakeListChatModel(responses=["own"])
 plain = FakeListLLM(responses=["own"])
 Questions: Any = [{"question": "q"}]
+
+
+class Own(FakeListChatModel):
+    """A class that overrides the methods that ask, as some providers' do."""
+
+    responses: list[str] = ["own"]  # noqa: RUF012 - a field of a pydantic model
+
+    def _generate_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        return ChatResult(generations=[ChatGeneration(message=AIMessage("past the base class"))])
+
+    async def _agenerate_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        return self._generate_with_cache()
+
+
+class Polite(FakeListChatModel):
+    """A class that adds to what it is asked."""
+
+    responses: list[str] = ["own"]  # noqa: RUF012 - a field of a pydantic model
+
+    def invoke(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().invoke(f"Please: {input}", *args, **kwargs)
+
+
+overriding = Own()
+polite = Polite()
 
 
 class State(TypedDict, total=False):
@@ -74,6 +101,14 @@ def completing(state: State) -> Any:
 def app(last: Any) -> Any:
     graph = StateGraph(State).add_node("shown", shown).add_node("last", last)
     return graph.add_edge(START, "shown").add_edge("shown", "last").compile()
+
+
+def overridden(state: State) -> Any:
+    return {"answer": unread("overriding").invoke(state["plan"]).text}
+
+
+async def overridden_too(state: State) -> Any:
+    return {"answer": (await unread("overriding").ainvoke(state["plan"])).text}
 
 
 @pytest.fixture
@@ -231,3 +266,27 @@ def test_a_dry_run_refuses_what_it_cannot_answer_from_a_script(connections: list
     assert flex_mg.agents == ("shown",)
     assert "plain language model" in flex_mg.notes[0]
     assert connections == []
+
+
+@pytest.mark.parametrize("node", [overridden, overridden_too])
+def test_a_class_with_methods_of_its_own_is_met(node: Any, engine: FakeEngine) -> None:
+    before = Own._generate_with_cache
+    (episode,) = run_episodes(app(node), Questions, engine=engine)
+    assert episode.state["answer"] == "x"
+    with pytest.raises(UndecidedCallError, match="node 'last'"):
+        run_episodes(app(node), Questions, engine=engine, nodes=["shown"])
+    (episode,) = run_episodes(
+        app(node), Questions, engine=engine, nodes=["shown"], new_nodes="freeze"
+    )
+    assert episode.state["answer"] == "past the base class"
+    assert len(episode.set_aside) == 1
+    assert Own._generate_with_cache is before
+
+
+def test_a_class_that_changes_what_it_is_asked_is_answered_so(engine: FakeEngine) -> None:
+    def node(state: State) -> Any:
+        return {"answer": polite.invoke("sing").text}
+
+    (episode,) = run_episodes(app(node), Questions, engine=engine)
+    assert episode.calls[-1].messages[0]["content"] == "Please: sing"
+    assert episode.state["answer"] == "x"
