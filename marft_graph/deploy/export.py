@@ -24,7 +24,7 @@ from marft_graph.deploy.manifest import (
     files_of,
     sealed,
 )
-from marft_graph.deploy.merged import write_merged
+from marft_graph.deploy.merged import check_adapters, write_merged
 from marft_graph.deploy.serving import compose, vllm_commands
 from marft_graph.errors import CheckpointError, ExportError
 from marft_graph.graph.flex_mg import FlexMG
@@ -53,7 +53,8 @@ def export_run(
 
     Raises:
         ExportError: `run_dir` is no run folder, `out_dir` exists and is not empty, `nodes` has
-            none of the run's, or a base model to merge into is another than in training.
+            none of the run's, a base model to merge into is another than in training, or what was
+            written and loaded again has other logits than what was trained.
         ModelError: a base model to merge into cannot be loaded.
         CheckpointError: the run's `base_models.json` is damaged.
     """
@@ -150,6 +151,7 @@ def _fill(
         target = folder / "adapters" / name
         shutil.copytree(adapters / name, target)
         _name_base(target / "adapter_config.json", bases[name])
+    check_adapters(folder, adapters, bases)
     templates = {
         base: template
         for number, base in enumerate(dict.fromkeys(bases.values()), 1)
@@ -185,6 +187,11 @@ def _fill(
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
     }
     if merged:
+        if config.quantization != "none":
+            raise ExportError(
+                f"merged models need whole weights, and these adapters were trained on a base in "
+                f"{config.quantization}; serve them beside that base, as adapters"
+            )
         check_same_bases(out_dir, listed, bases)
         manifest["merged"] = write_merged(folder, bases, config.dtype)
     for name in listed:

@@ -14,6 +14,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 
+_FIRST = 8, 64
+"""Rows, and tokens of each, to begin with."""
+_DOUBLED_TOKENS = 2**14
+"""Up to so many tokens in all rows a cache grows by doubling; a larger one by what is asked for."""
+_BLOCK = 64
+
+
 class RowCacheLayer(CacheLayerMixin):
     """One layer's keys and values (rows, heads, capacity, size), written at each row's length."""
 
@@ -31,6 +38,12 @@ class RowCacheLayer(CacheLayerMixin):
         self.keys = key_states.new_zeros((*shape, key_states.shape[3]))
         self.values = value_states.new_zeros((*shape, value_states.shape[3]))
         self.is_initialized = True
+
+    def forget(self) -> None:
+        """Drop keys and values."""
+        if self.is_initialized:
+            del self.keys, self.values
+            self.is_initialized = False
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -68,7 +81,7 @@ class RowCache(Cache):
     """
 
     def __init__(self, config: Any, device: torch.device, max_tokens: int) -> None:
-        self.rows, self.capacity = 8, 64
+        self.rows, self.capacity = _FIRST
         self._max_tokens = max_tokens
         self.read_to = 0
         self.write_at = torch.empty(0, dtype=torch.long, device=device)
@@ -133,9 +146,28 @@ class RowCache(Cache):
             new_rows *= 2
         while new_capacity < capacity:
             new_capacity *= 2
-        if new_rows * new_capacity > self._max_tokens:
-            new_rows, new_capacity = rows, capacity
-        self.rows, self.capacity = new_rows, new_capacity
+        if new_rows * new_capacity > min(self._max_tokens, _DOUBLED_TOKENS):
+            # Where rows are long, doubling would take gigabytes that nobody may ever write to.
+            longest = min(new_capacity, capacity + max(_BLOCK, capacity // 8))
+            new_rows = max(rows, self.rows if self._is_used else 0)
+            new_capacity = max(longest, self.capacity if self._is_used else 0)
+            if new_rows * new_capacity > self._max_tokens:
+                new_rows, new_capacity = rows, capacity
+        self._resize(new_rows, new_capacity)
+
+    def release(self) -> None:
+        """Forget all rows where they take much memory: none is running."""
+        if self.rows * self.capacity > _DOUBLED_TOKENS:
+            for layer in self._own_layers:
+                layer.forget()
+            self._resize(*_FIRST)
+
+    @property
+    def _is_used(self) -> bool:
+        return any(layer.is_initialized for layer in self._own_layers)
+
+    def _resize(self, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
         self.row_index = torch.arange(self.rows, device=self.row_index.device)
         for layer in self._own_layers:
             if layer.is_initialized:

@@ -46,8 +46,10 @@ logger = logging.getLogger(__name__)
 _IDLE_SECONDS = 5.0
 # How often a publication looks whether cancelled calls have left the batch.
 _LEAVING_SECONDS = 0.002
-# Padded prompt tokens in one prefill pass; bounds its memory.
+# Padded prompt tokens in one prefill pass, and bytes of their keys and values; bound its memory.
 _PREFILL_TOKENS = 16384
+_PREFILL_BYTES = 2**28
+_PREFILL_CUDA_BYTES = 2**30
 # Calls that follow from answers wait so many steps for others, unless many may come already: more
 # prompts go through the model together, and the app's own work runs beside the decoding.
 _STEPS_TOGETHER = 8
@@ -88,6 +90,9 @@ class LocalEngine:
         self._cache_gib = cache_gib
         fitting = cache_gib * 2**30 / bytes_per_token(policy.config, policy.dtype)
         self._max_tokens = int(fitting * (1 - _KEPT_SHARE))
+        most = _PREFILL_CUDA_BYTES if policy.device.type == "cuda" else _PREFILL_BYTES
+        each = bytes_per_token(policy.config, policy.dtype)
+        self._prefill_tokens = min(_PREFILL_TOKENS, max(1, most // each))
         self._prefixes = Prefixes(int(fitting * _KEPT_SHARE))
         self.prefilled_tokens = 0
         """Prompt tokens that went through the model so far."""
@@ -355,7 +360,7 @@ class LocalEngine:
         count = sum(map(len, waiting.values()))
         tokens = [row.cached for row in self._rows] + [len(ids) for _, ids in prompts]
         self._cache.reserve(len(self._rows) + count, max(tokens) + 1)
-        for batch in prefill(self._policy, prompts, self._prefixes, _PREFILL_TOKENS):
+        for batch in prefill(self._policy, prompts, self._prefixes, self._prefill_tokens):
             self.prefilled_tokens += batch.computed
             rows: list[Running] = []
             source: list[int] = []
@@ -436,6 +441,8 @@ class LocalEngine:
         self._keep_prefixes([row for row, _ in finished])
         self._between = [row for row, _ in finished]
         self._pack(set(self._between))
+        if not self._rows and not self._queue and not self._arrived:
+            self._cache.release()  # an update may need the memory
         self._beginning = self._shared_beginning()
         if not self._answered:
             self._steps = 0

@@ -67,7 +67,9 @@ def _fresh(
     rows: list[tuple[str | None, Row]] = []
     for agent, own in by_agent.items():
         laid_out = lay_out(
-            [prompts[i][1] for i in own], max_tokens, quadratic=policy.attention_cost
+            [prompts[i][1] for i in own],
+            min(max_tokens, policy.longest_shared_row),
+            quadratic=policy.attention_cost,
         )
         for row in laid_out:
             row.members = [own[i] for i in row.members]

@@ -9,6 +9,7 @@ flat axis N, in the order of its calls, so that nothing is ever masked there.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -40,12 +41,18 @@ class CallBatch:
 
 
 def microbatches(
-    calls: Sequence[Call], max_tokens: int, *, quadratic: float = 0.0
+    calls: Sequence[Call],
+    max_tokens: int,
+    *,
+    quadratic: float = 0.0,
+    longest_row: int = sys.maxsize,
+    kept_tokens: int = sys.maxsize,
 ) -> Iterator[list[Row]]:
     """Rows of calls, cut into batches of rows of about one length, the longest first.
 
     A padded batch has at most `max_tokens`; a call longer than that is a batch of its own. A row's
-    members are indices of calls; which of them share one, and `quadratic`, see `lay_out`.
+    members are indices of calls; which of them share one, and `quadratic`, see `lay_out`. Rows that
+    calls share have at most `longest_row` tokens, batches of several rows at most `kept_tokens`.
 
     >>> def call(*prompt: int) -> Call:
     ...     return Call("a", "a", 0, (), prompt, (0,), (0.0,), "stop", 0)
@@ -54,12 +61,12 @@ def microbatches(
     [[([0, 2], [1, 2, 3, 4]), ([1], [5, 6])]]
     """
     sequences = [(call.prompt_ids + call.completion_ids)[:-1] for call in calls]
-    rows = lay_out(sequences, max_tokens, quadratic=quadratic)
+    rows = lay_out(sequences, min(max_tokens, longest_row), quadratic=quadratic)
     rows.sort(key=lambda row: (-row.length, row.members[0]))
     if any(len(row.members) > 1 for row in rows):
         quadratic = 0.0  # attention by `Segments` costs the same, whatever rows are padded to
     start = 0
-    for end in _cuts([row.length for row in rows], max_tokens, quadratic):
+    for end in _cuts([row.length for row in rows], min(max_tokens, kept_tokens), quadratic):
         yield rows[start:end]
         start = end
 

@@ -45,10 +45,11 @@ def update_within_memory(
 
     Raises:
         CheckpointError: the disk for temporary files is full.
-        OutOfMemoryError: not even single calls fit; the team is as it was before the update.
+        OutOfMemoryError: not even single calls fit, by an estimate or when tried; the team is as it was before the update.
     """
     if learner.microbatch_tokens is None and any(e.calls for e in episodes if e.ok):
         learner.find_microbatch_tokens(episodes)
+    learner.refuse_what_cannot_fit(episodes)
     with contextlib.closing(_Snapshot(learner, team)) as before:
         while True:
             try:

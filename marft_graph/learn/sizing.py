@@ -197,6 +197,7 @@ def find_microbatch_tokens(
     limit = base + (1 - _LEFT_FREE) * memory.free() if memory_gib is None else memory_gib * _GIB
     usable = (1 - _MARGIN) * limit - more
     size = max(probe.longest for probe in probes)
+    refuse_what_cannot_fit(team, episodes, memory_gib=memory_gib)
     peak = _peak(memory, probes, size)
     if ranks.any(peak > usable):
         needed = f"{(peak + more) / (1 - _MARGIN) / _GIB:.2f} GiB. Set memory_gib to that or more"
@@ -225,6 +226,42 @@ def find_microbatch_tokens(
         base / _GIB,
     )
     return size
+
+
+def refuse_what_cannot_fit(
+    team: Team, episodes: Sequence[Episode], *, memory_gib: float | None = None
+) -> None:
+    """Refuse an update whose longest call alone needs more memory than there is.
+
+    By an estimate, for on a CPU nothing is left of a process that really tries.
+
+    Raises:
+        OutOfMemoryError: with the node, its tokens, and what they need.
+    """
+    calls = [call for episode in episodes if episode.ok for call in episode.calls]
+    for policy in team.policies:
+        own = [call for call in calls if call.agent in policy.agents]
+        longest = max(own, key=_tokens, default=None)
+        if longest is None or policy.is_sharded:
+            continue
+        try:
+            memory = memory_of(policy.device)
+        except ConfigError:  # not where it can be measured
+            continue
+        needed, left = policy.pass_bytes(_tokens(longest)), memory.free()
+        if memory_gib is not None:
+            left = min(left, int(memory_gib * _GIB) - memory.used())
+        if needed > left:
+            raise OutOfMemoryError(
+                f"node {longest.node!r} has a call of {_tokens(longest)} tokens, and an update of "
+                f"that call alone needs about {needed / _GIB:.2f} GiB, where {left / _GIB:.2f} are "
+                "left. Nothing was changed: shorten what the node is asked, lower max_new_tokens "
+                "or lora_rank, raise memory_gib, or use quantization or a smaller base model"
+            )
+
+
+def _tokens(call: Call) -> int:
+    return len(call.prompt_ids) + len(call.completion_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +312,12 @@ class _Probe:
     def _rows(self, size: int) -> list[Row]:
         """The longest rows, as often as they fit into a micro-batch."""
         quadratic = self.team.of(self.agent).attention_cost
-        rows = next(microbatches(self.calls, size, quadratic=quadratic))
+        policy = self.team.of(self.agent)
+        rows = next(
+            microbatches(
+                self.calls, size, quadratic=quadratic, longest_row=policy.longest_shared_row
+            )
+        )
         count = max(1, size // rows[0].length)
         return [rows[place % len(rows)] for place in range(count)]
 

@@ -7,6 +7,7 @@ head; it changes the policy's adapters in place. It knows nothing of graphs, eng
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -27,7 +28,7 @@ from marft_graph.learn.losses import (
 )
 from marft_graph.learn.order import sequential_factors, turns
 from marft_graph.learn.schedule import rate_share
-from marft_graph.learn.sizing import find_microbatch_tokens, memory_of
+from marft_graph.learn.sizing import find_microbatch_tokens, memory_of, refuse_what_cannot_fit
 from marft_graph.names import agent_of_adapter
 from marft_graph.policy.critic import ValueHead
 from marft_graph.policy.rows import Row
@@ -157,6 +158,14 @@ class Learner:
             more=self._bytes_to_come(episodes),
         )
 
+    def refuse_what_cannot_fit(self, episodes: Sequence[Episode]) -> None:
+        """Refuse episodes with a call that memory cannot hold, before anything changes.
+
+        Raises:
+            OutOfMemoryError: as in `sizing.refuse_what_cannot_fit`.
+        """
+        refuse_what_cannot_fit(self._team, episodes, memory_gib=self._settings.memory_gib)
+
     def _bytes_to_come(self, episodes: Sequence[Episode]) -> int:
         """What an update holds besides its passes and weights: moments, and the critics' states."""
         total = 0
@@ -279,9 +288,12 @@ class Learner:
         return sampled if settings.kl_ceiling is not None else sampled[::_KL_EVERY]
 
     def _microbatches(
-        self, agent: str, batch: AgentBatch, indices: Sequence[int]
+        self, agent: str, batch: AgentBatch, indices: Sequence[int], *, is_learnt: bool = False
     ) -> Iterator[list[Row]]:
         """This process's share of some calls in rows, as many at once as there is memory for.
+
+        Where they are learnt from, no more than keep their activations share a pass; a row longer
+        than that computes them again.
 
         Where the base is sharded, a process with one part less than others makes an idle pass.
         """
@@ -290,7 +302,15 @@ class Learner:
         tokens = sum(len(call.prompt_ids) + len(call.completion_ids) for call in calls)
         size = self.microbatch_tokens or MICROBATCH_TOKENS
         most = min(size, -(-tokens // ranks.count))
-        parts = list(microbatches(calls, max(1, most), quadratic=policy.attention_cost))
+        parts = list(
+            microbatches(
+                calls,
+                max(1, most),
+                quadratic=policy.attention_cost,
+                longest_row=policy.longest_shared_row,
+                kept_tokens=policy.together if is_learnt else sys.maxsize,
+            )
+        )
         for rows in parts[ranks.index :: ranks.count]:
             for row in rows:
                 row.members = [indices[i] for i in row.members]
@@ -365,7 +385,7 @@ class Learner:
         sums = dict.fromkeys(names, 0.0)
         referenced = 0
         gap = 0.0
-        for rows in self._microbatches(agent, batch, indices):
+        for rows in self._microbatches(agent, batch, indices, is_learnt=True):
             chosen = _calls_of(rows)
             tokens = batch.tokens(chosen)
             _, logprobs_N, entropy_N = self._forward(agent, batch, rows)

@@ -11,8 +11,10 @@ import copy
 import functools
 import importlib.util
 import json
+import logging
 import os
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,13 +23,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from langchain_core.messages import HumanMessage
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -42,6 +47,7 @@ from marft_graph.names import agent_of_adapter
 from marft_graph.policy.beginning import SharedBeginning
 from marft_graph.policy.chat import TokenizerCodec
 from marft_graph.policy.devices import check_device, device_of
+from marft_graph.policy.exactness import context_of, refuse_by_config, refuse_by_copy
 from marft_graph.policy.grammar import Grammars
 from marft_graph.policy.last_layer import narrow_last_layer
 from marft_graph.policy.lora import BASE, AdapterValues, LoraLayers
@@ -51,6 +57,8 @@ from marft_graph.policy.sharding import ShardedLayers
 from marft_graph.policy.step import StepDecoder, name_of_cache
 from marft_graph.ranks import Sharding
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Quantization = Literal["none", "4bit"]
 # PEFT mistakes adapter names that are part of its own prefix `lora_`, such as "a", for weights.
@@ -59,6 +67,14 @@ _WEIGHTS = "adapter_model.safetensors"
 _SHARED_FROM = 10_000_000
 """Parameters from which on the operations of a decode step are large enough to be shared among
 threads: below, they wait for each other. An update has larger operations, and uses all threads."""
+_MOST_TOKENS = sys.maxsize
+_KEPT_BYTES = 2**30
+"""Activations that a pass on a CPU may keep for its backward pass ..."""
+_KEPT_SHARE = 0.25
+"""... and on another device, as a share of its memory."""
+_MEASURED_TOKENS = 16
+_LONGEST_MASKED = 2048
+"""Most tokens of a row that sequences share by a mask, which has the square of that."""
 
 
 class Policy:
@@ -79,6 +95,7 @@ class Policy:
         self._decoder = base.get_decoder()
         self._lm_head = base.get_output_embeddings()
         self._sharded: ShardedLayers | None = None
+        _refuse_parameters(model)
         self._lora = LoraLayers(model)
         self._step = StepDecoder.of(self._decoder, self._lora)
         # Which adapter a whole batch uses is a state of the one model: one user at a time.
@@ -92,6 +109,8 @@ class Policy:
         self.reads_segments = read_segments(base, self._decoder)
         """Whether tokens of shared rows meet their own sequences alone; else there is a mask."""
         self._narrows = narrow_last_layer(self._decoder)
+        self._recomputes = self._wrap_layers(base)
+        self._kept_tokens: int | None = None
 
     @classmethod
     def load(
@@ -150,6 +169,7 @@ class Policy:
         if model is None:
             raise ConfigError("there is no agent to train: no node of the graph calls a model")
         policy = cls(model, codec, tokenizer)
+        _tell_of_bare_experts(model)
         for agent in agents:
             if agent.start_from is not None:
                 policy.load_adapter(agent.name, agent.start_from)
@@ -246,6 +266,11 @@ class Policy:
         """
         return Grammars(self.tokenizer, self.vocabulary, self.end_ids)
 
+    @property
+    def longest_shared_row(self) -> int:
+        """Most tokens of a row that several sequences share."""
+        return _MOST_TOKENS if self.reads_segments else _LONGEST_MASKED
+
     def shard(self, sharding: Sharding) -> None:
         """Divide the decoder's layers among all processes, and move the rest to their device.
 
@@ -286,11 +311,77 @@ class Policy:
 
     def checkpoint_gradients(self) -> None:
         """Keep no activations inside layers; the backward pass computes them again."""
-        for layer in _base_of(self.model).modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                # Not by the layer's own switch, which is one for all threads and costs rows their
-                # cache.
-                layer.forward = functools.partial(self._checkpointed, layer.forward)
+        self._kept_tokens = 0
+
+    @property
+    def kept_tokens(self) -> int:
+        """Padded tokens of the largest pass that keeps its activations for the backward pass.
+
+        A larger one keeps what enters each layer, and the backward pass runs the layers again: a
+        long prompt needs a tenth of the memory for a third more time.
+        """
+        if self._kept_tokens is None:
+            if self.is_sharded or not self._recomputes:
+                return _MOST_TOKENS
+            limit = float(_KEPT_BYTES)
+            if self.device.type == "cuda":
+                limit = _KEPT_SHARE * torch.cuda.get_device_properties(self.device).total_memory
+            self._kept_tokens = max(1, int(limit / max(1, self.kept_bytes)))
+        return self._kept_tokens
+
+    @property
+    def together(self) -> int:
+        """Padded tokens that rows should have together in a pass with gradients.
+
+        Cutting a batch costs less than computing activations again, if that is not wanted anyway.
+        """
+        return self.kept_tokens or _MOST_TOKENS
+
+    @cached_property
+    def kept_bytes(self) -> int:
+        """Activations that a pass keeps for each of its tokens, measured; none computed again."""
+        before, self._kept_tokens = self._kept_tokens, _MOST_TOKENS
+        try:
+            few, more = (self._bytes_kept(n * _MEASURED_TOKENS) for n in (1, 2))
+        finally:
+            self._kept_tokens = before
+        return max(0, more - few) // _MEASURED_TOKENS
+
+    def pass_bytes(self, tokens: int) -> int:
+        """About what a pass over so many tokens, and the backward pass, need at their peak."""
+        if tokens <= self.kept_tokens:
+            return tokens * self.kept_bytes
+        layers = max(1, int(self.config.num_hidden_layers))
+        entering = layers * int(self.config.hidden_size) * self.dtype.itemsize
+        return tokens * (entering + 3 * self.kept_bytes // layers)  # values and their gradients
+
+    def _bytes_kept(self, tokens: int) -> int:
+        """All that a pass over so many tokens keeps, weights included."""
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        ids = torch.zeros((1, tokens), dtype=torch.long, device=self.device)
+        with (
+            self.using(self.agents[0]),
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        ):
+            states = self.hidden(ids)
+        del states
+        return sum(kept.values())
+
+    def _wrap_layers(self, base: PreTrainedModel) -> bool:
+        """Let layers be computed again in a backward pass; whether there are any."""
+        layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
+        for layer in layers:
+            # Not by the layer's own switch, which is one for all threads and costs rows their
+            # cache.
+            layer.forward = functools.partial(self._checkpointed, layer.forward)
+        return bool(layers)
 
     def bound(self, forward: Callable[..., T]) -> Callable[..., T]:
         """A function that runs under the adapter now in use, also where a backward pass calls it.
@@ -300,8 +391,8 @@ class Policy:
         return self._lora.bound(forward)
 
     def _checkpointed(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A layer's forward pass; where gradients are wanted, the backward pass runs it again."""
-        if not torch.is_grad_enabled():
+        """A layer's forward pass; where it has many tokens, the backward pass runs it again."""
+        if not torch.is_grad_enabled() or _tokens_of(args, kwargs) <= self.kept_tokens:
             return forward(*args, **kwargs)
         # Nothing in a layer is random: the model is in eval mode.
         return checkpoint(
@@ -517,6 +608,9 @@ def load_base(
     target = device_of(device)
     more = {} if quantization == "none" else _quantized(dtype, target)
     try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        refuse_by_config(config, base_model)
+        refuse_by_copy(config, base_model, _with_fresh_adapter)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         base = AutoModelForCausalLM.from_pretrained(
             source,
@@ -526,31 +620,86 @@ def load_base(
             attn_implementation="sdpa",
             **more,
         )
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(
             f"base_model {base_model!r} cannot be loaded: {first_line} (give a hub id such as "
             "Qwen/Qwen2.5-0.5B-Instruct, or a folder with config.json and model.safetensors)"
         ) from error
-    config = base.config.get_text_config()
-    context = int(getattr(config, "max_position_embeddings", 0) or 2048)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None)
-    if kinds - {"full_attention", "sliding_attention"} or (
-        "sliding_attention" in kinds and window is not None and window < context
-    ):
-        raise ModelError(
-            f"base_model {base_model!r} has layers of kind {sorted(kinds)}; the local engine "
-            "supports full attention"
-        )
     if not more:
         base.to(target)  # type: ignore[arg-type]
     base.requires_grad_(False)
-    return (
-        base,
+    codec = TokenizerCodec(
         tokenizer,
-        TokenizerCodec(tokenizer, context, special_tokens_in_text=special_tokens_in_text),
+        context_of(base.config.get_text_config()),
+        special_tokens_in_text=special_tokens_in_text,
     )
+    _check_template(base, tokenizer, codec, base_model)
+    return base, tokenizer, codec
+
+
+def _check_template(
+    base: PreTrainedModel, tokenizer: Any, codec: TokenizerCodec, base_model: str
+) -> None:
+    """Refuse a chat template that writes tokens for which the model has no embedding."""
+    rows = len(base.get_input_embeddings().weight)  # type: ignore[arg-type]
+    try:
+        ids = codec.render([HumanMessage("Hello")])
+    except ModelError:  # it wants other roles: each call will say so
+        ids = ()
+    for token in ids:
+        if token >= rows:
+            raise ModelError(
+                f"base_model {base_model!r} is refused: its chat template writes "
+                f"{tokenizer.convert_ids_to_tokens(token)!r}, token {token}, and its embedding has "
+                f"{rows} rows; resize the embedding when tokens are added, and save both again"
+            )
+
+
+def _refuse_parameters(model: PeftModel) -> None:
+    """Refuse adapters on bare parameters.
+
+    PEFT merges such an adapter into the parameter while a layer runs: rows of several adapters
+    cannot share a batch then.
+    """
+    wrapped = [name for name, part in model.named_modules() if isinstance(part, ParamWrapper)]
+    if wrapped:
+        raise ModelError(
+            f"the LoRA targets reach parameters of fused experts ({wrapped[0]}), on which adapters "
+            "of several nodes cannot run in one batch; give lora_targets that are linear layers, "
+            "such as q_proj, k_proj, v_proj and o_proj"
+        )
+
+
+def _tell_of_bare_experts(model: PeftModel) -> None:
+    """Say where parts of a mixture have no adapter."""
+    adapted = {name for name, part in model.named_modules() if isinstance(part, LoraLayer)}
+    bare = [
+        name
+        for name, part in model.named_modules()
+        if name.endswith("experts")
+        and not any(own.startswith(name) for own in adapted)
+        and any(True for _ in part.parameters())
+    ]
+    if bare:
+        logger.warning(
+            "%d groups of experts of this mixture get no LoRA and stay as they are (%s)",
+            len(bare),
+            bare[0].removeprefix("base_model.model."),
+        )
+
+
+def _with_fresh_adapter(model: PreTrainedModel) -> Policy:
+    """A policy on a model without a tokenizer, to compare numbers with."""
+    linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    attention = sorted({name.rpartition(".")[2] for name in linear if "attn" in name})
+    targets = attention or "all-linear"  # PEFT makes parameters of some experts out of the latter
+    lora = LoraConfig(r=2, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+    own = quietly(get_peft_model, model, lora, adapter_name=_PREFIX + "check")
+    unused: Any = None
+    return Policy(own, unused, unused)
 
 
 def check_base(base_model: str, device: str, quantization: Quantization = "none") -> str:
@@ -614,6 +763,12 @@ def _check_targets(base: PreTrainedModel, agent: Agent) -> None:
                 f"lora_targets of {agent_of_adapter(agent.name)!r} has {target!r}, which no module "
                 f"of the base is called; linear layers are {', '.join(sorted(ends))}"
             )
+
+
+def _tokens_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Tokens of the states (B, T, H) that a layer reads."""
+    states: Tensor = args[0] if args else kwargs["hidden_states"]
+    return states.shape[:-1].numel()
 
 
 def _base_of(model: PeftModel) -> PreTrainedModel:

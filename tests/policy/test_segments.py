@@ -12,7 +12,8 @@ from torch import Tensor
 from marft_graph.policy import adapters
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.rows import Row, lay_out, seen
-from marft_graph.policy.segments import Segments, read_segments
+from marft_graph.policy import segments as module
+from marft_graph.policy.segments import Segments, _Alone, _Padded, read_segments
 from tests.support import make_agents
 
 CPU = torch.device("cpu")
@@ -32,10 +33,17 @@ def by_mask(q: Tensor, k: Tensor, v: Tensor, rows: list[Row]) -> Tensor:
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
+@pytest.mark.parametrize("masked", [0, 20, 2**20], ids=["alone", "some alone", "masked"])
 @given(sequences, st.integers(1, 60), st.sampled_from([1, 2]))
 def test_tokens_read_what_a_mask_over_the_row_lets_them_read(
-    ids: list[tuple[int, ...]], max_tokens: int, groups: int
+    masked: int, ids: list[tuple[int, ...]], max_tokens: int, groups: int
 ) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_MASKED", masked)
+        check_against_a_mask(ids, max_tokens, groups)
+
+
+def check_against_a_mask(ids: list[tuple[int, ...]], max_tokens: int, groups: int) -> None:
     rows = lay_out(ids, max_tokens)
     length = max(row.length for row in rows)
     torch.manual_seed(len(ids))
@@ -57,9 +65,20 @@ def test_answers_to_one_prompt_are_not_scored_against_each_other() -> None:
     prompt = tuple(range(100))
     rows = lay_out([(*prompt, *range(100 + 50 * i, 150 + 50 * i)) for i in range(8)], 1000)
     segments = Segments(rows, CPU, torch.float32)
-    scores = sum(hidden.numel() for hidden in segments._hidden[1])
+    scores = sum(p._hidden[1].numel() for p in segments._products if isinstance(p, _Padded))
+    assert all(isinstance(product, _Padded) for product in segments._products)
     assert rows[0].length == 500
     assert scores < 500 * 500 / 2
+
+
+def test_a_long_sequence_needs_no_mask_of_its_length_squared() -> None:
+    prompt = tuple(range(3000))
+    ids = [(*prompt, *range(5000 + i, 7000 + i)) for i in range(2)]  # 2,000 own tokens each
+    segments = Segments(lay_out(ids, 10_000), CPU, torch.float32)
+    masks = [own._hidden for own in segments._products if isinstance(own, _Alone)]
+    assert sum(mask is None for mask in masks) == 1  # the first reads what stands before it
+    kept = [mask.untyped_storage().nbytes() for mask in masks if mask is not None]
+    assert kept == [4 * (2000 + 5000 - 1)]
 
 
 def states(policy: Policy, rows: list[Row]) -> list[Tensor]:
