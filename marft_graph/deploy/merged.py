@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from marft_graph.errors import ExportError, ModelError
 from marft_graph.policy.adapters import quietly
@@ -67,9 +68,9 @@ def write_merged(out_dir: Path, bases: Mapping[str, str], dtype: str) -> dict[st
     return paths
 
 
-def _loaded(base: str) -> PreTrainedModel:
+def _loaded(base: str) -> Any:
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.float32, use_safetensors=True
         )
     except (OSError, ValueError) as error:
@@ -81,10 +82,12 @@ def _tokenizer(base: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot merge: the tokenizer of {base} cannot be loaded: {error}") from error
+        raise ModelError(
+            f"cannot merge: the tokenizer of {base} cannot be loaded: {error}"
+        ) from error
 
 
-def _adapted_logits(model: PreTrainedModel, adapter: Path) -> Tensor:
+def _adapted_logits(model: Any, adapter: Path) -> Tensor:
     """Logits under an adapter; the model is as it was afterwards."""
     try:
         adapted = quietly(PeftModel.from_pretrained, model, adapter)
@@ -117,20 +120,14 @@ def _compare(found: Tensor, expected: Tensor, what: str, bound: float) -> None:
         )
 
 
-def _untie(model: PreTrainedModel, adapter: Path) -> None:
+def _untie(model: Any, adapter: Path) -> None:
     """Give the head weights of its own if an adapter changes it, or the embedding, alone."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return
     adapted = quietly(PeftModel.from_pretrained, model, adapter)
-    tied = (head, embedding)
-    is_changed = any(
-        part is not own
-        for part, own in zip(
-            (adapted.base_model.model.get_output_embeddings(),
-             adapted.base_model.model.get_input_embeddings()), tied, strict=True
-        )
-    )
+    parts = [model.get_output_embeddings(), model.get_input_embeddings()]
+    is_changed = any(isinstance(part, LoraLayer) for part in parts)
     adapted.unload()
     vars(model).pop("peft_config", None)
     if is_changed:

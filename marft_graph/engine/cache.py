@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-
 _FIRST = 8, 64
 """Rows, and tokens of each, to begin with."""
 _DOUBLED_TOKENS = 2**14

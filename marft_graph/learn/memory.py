@@ -45,7 +45,8 @@ def update_within_memory(
 
     Raises:
         CheckpointError: the disk for temporary files is full.
-        OutOfMemoryError: not even single calls fit, by an estimate or when tried; the team is as it was before the update.
+        OutOfMemoryError: not even single calls fit, by an estimate or when tried; the team is as
+            it was before the update.
     """
     if learner.microbatch_tokens is None and any(e.calls for e in episodes if e.ok):
         learner.find_microbatch_tokens(episodes)

@@ -163,7 +163,7 @@ class Policy:
                             get_peft_model, base, lora, adapter_name=_PREFIX + agent.name
                         )
                     else:
-                        model.add_adapter(_PREFIX + agent.name, lora)
+                        quietly(model.add_adapter, _PREFIX + agent.name, lora)
                 except ValueError as error:
                     raise ConfigError(f"lora_targets {list(agent.targets)}: {error}") from error
         if model is None:
@@ -784,8 +784,13 @@ def _parameters_of(model: PeftModel, agent: str) -> list[nn.Parameter]:
     ]
 
 
-def quietly(function: Callable[..., PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
-    """Call PEFT without the deprecation that transformers reports about PEFT's own call."""
+def quietly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call PEFT without warnings about what it does itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        # Of patterns for experts that PEFT writes itself, wanted or not.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+        # A Conv1D's weights stand the other way round, which PEFT then says that it has noticed.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # see merged.py
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
         return function(*args, **kwargs)

@@ -50,7 +50,7 @@ _SIZES = {
     "num_experts_per_tok": 2,
 }
 _BOUND = 2e-3
-"""Largest difference of logits, as a share of the largest; in fp32 rounding is a hundredth of it."""
+"""Largest difference of logits, as a share of the largest; rounding is a hundredth of it."""
 _checked: dict[str, str | None] = {}
 
 

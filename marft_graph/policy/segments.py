@@ -31,7 +31,7 @@ _PADDING = 1.25
 _PRODUCT = 2**14
 """... beside so many, which are what one product more would cost."""
 _MASKED = 2**20
-"""Most scores of a product with a mask in memory; where there are more, sequences are read alone."""
+"""Most scores of a product with a mask in memory; sequences with more are read alone."""
 
 Segment = tuple[np.ndarray, np.ndarray]
 """Places of a sequence's own tokens and of its path, among all tokens of a batch of rows."""
@@ -86,7 +86,11 @@ class _Padded:
         shared = q_NHS.shape[1] // k_NKS.shape[1]
         if shared not in self._hidden:
             self._hidden[shared] = for_sharing(self._hidden[1], shared)
-        own = _taken(q_NHS, self._query_MS), _taken(k_NKS, self._key_ML), _taken(v_NKS, self._key_ML)
+        own = (
+            _taken(q_NHS, self._query_MS),
+            _taken(k_NKS, self._key_ML),
+            _taken(v_NKS, self._key_ML),
+        )
         return attend(*own, self._hidden[shared], scale).transpose(1, 2).flatten(0, 1)
 
 

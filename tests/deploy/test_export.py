@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,12 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from marft_graph import Trainer, compile_graph
 from marft_graph.cli import main
+from marft_graph.deploy import export
 from marft_graph.deploy.export import export_run
 from marft_graph.deploy.hub import push_to_hub
 from marft_graph.deploy.manifest import read_manifest
@@ -104,8 +107,6 @@ def test_a_base_without_a_chat_template_is_served_with_that_of_training(tmp_path
 
 
 def test_a_merged_model_answers_as_base_and_adapter_do(out: Path, tiny_model: Path) -> None:
-    from peft import PeftModel
-
     ids = AutoTokenizer.from_pretrained(out / "merged" / "actor")("plan", return_tensors="pt")
     merged = AutoModelForCausalLM.from_pretrained(out / "merged" / "actor")
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -116,6 +117,61 @@ def test_a_merged_model_answers_as_base_and_adapter_do(out: Path, tiny_model: Pa
         found = merged(**ids).logits
     assert (adapted - plain).abs().max() > 1e-2
     torch.testing.assert_close(found, adapted, atol=1e-4, rtol=1e-4)
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(torch.tensor([[5, 9, 33, 100, 71, 12, 250]])).logits
+    return logits
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_tied_base_is_untied_where_an_adapter_changes_one_end(
+    tiny_model: Path, tmp_path: Path, target: str
+) -> None:
+    run = finished(tmp_path, tiny_model, lora_targets=("q_proj", target), iterations=2)
+    folder = export_run(run, tmp_path / "out", merged=True)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert base.config.tie_word_embeddings
+    expected = logits_of(quietly(PeftModel.from_pretrained, base, folder / "adapters" / "actor"))
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged" / "actor")
+    assert not merged.config.tie_word_embeddings
+    torch.testing.assert_close(logits_of(merged), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_not_what_was_trained_is_not_exported(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = export._name_base
+
+    def damaged(path: Path, base: str) -> None:
+        write(path, base)
+        own = json.loads(path.read_text())
+        path.write_text(json.dumps(own | {"lora_alpha": 3 * own["lora_alpha"]}))
+
+    monkeypatch.setattr(export, "_name_base", damaged)
+    with pytest.raises(ExportError, match=r"the adapter of 'planner' is not what was trained"):
+        export_run(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_model_of_a_base_in_four_bits_is_refused(run: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    settings = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(
+        settings.replace("quantization: none", "quantization: 4bit")
+    )
+    with pytest.raises(ExportError, match=r"trained on a base in 4bit"):
+        export_run(copied, tmp_path / "out", merged=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_model_in_sixteen_bits_is_compared_within_rounding(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run = finished(tmp_path, tiny_model, dtype="bfloat16", iterations=1)
+    assert read_manifest(export_run(run, tmp_path / "out", merged=True)).merged
 
 
 def test_nodes_can_be_left_out(run: Path, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from marft_graph.policy import adapters
+from marft_graph.policy import segments as module
 from marft_graph.policy.adapters import Policy
 from marft_graph.policy.rows import Row, lay_out, seen
-from marft_graph.policy import segments as module
 from marft_graph.policy.segments import Segments, _Alone, _Padded, read_segments
 from tests.support import make_agents
 
