@@ -12,7 +12,6 @@ import torch
 from marft_graph.errors import CheckpointError, OutOfMemoryError
 from marft_graph.learn import memory
 from marft_graph.learn.memory import update_within_memory
-from marft_graph.learn.sizing import HostMemory
 from marft_graph.learn.update import Learner
 from marft_graph.policy.rows import Row
 from tests.learn.test_update import AGENTS, learner, sampled_episodes
@@ -102,7 +101,7 @@ def test_weights_that_are_large_for_the_memory_go_to_a_file_that_is_deleted(
 ) -> None:
     policy, own = learner(tiny_model, microbatch_tokens=4096)
     episodes = sampled_episodes(policy, 8)
-    monkeypatch.setattr(HostMemory, "free", lambda self: 1000)
+    monkeypatch.setattr(memory, "_free_memory", lambda: 1000)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match="cannot write"):
         update_within_memory(own, own._team, episodes, 1)
