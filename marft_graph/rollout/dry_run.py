@@ -19,7 +19,7 @@ from langchain_core.messages import AIMessage
 from marft_graph.engine.base import GenerationRequest
 from marft_graph.engine.fake import FakeEngine
 from marft_graph.episode import Episode, observations
-from marft_graph.errors import ReviewerError, UndecidedCallError
+from marft_graph.errors import EpisodeTimeoutError, ReviewerError, UndecidedCallError
 from marft_graph.graph.flex_mg import FlexMG
 from marft_graph.names import agent_path
 from marft_graph.rollout.episodes import Rollout
@@ -66,7 +66,11 @@ def add_dry_run(
             settings=RolloutSettings(episode_timeout=_SECONDS),
         )
         episodes = rollout.run(islice(examples, _MOST_EXAMPLES))
-    except (UndecidedCallError, ReviewerError) as error:  # no call leaves: what cannot be scripted
+    except (
+        UndecidedCallError,
+        ReviewerError,
+        EpisodeTimeoutError,
+    ) as error:  # no call leaves: what cannot be scripted
         undecided = str(error)  # ends the run
     finally:
         engine.close()

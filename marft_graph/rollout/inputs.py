@@ -21,6 +21,7 @@ from marft_graph.data import rows_of_table
 from marft_graph.errors import ConfigError, DatasetError
 from marft_graph.rollout.copies import copy_or_same, own_copy
 from marft_graph.rollout.rewards import shown
+from marft_graph.rollout.scopes import outside_runs
 
 App = Pregel[Any, Any, Any, Any]
 InputFunction = Callable[[Mapping[str, Any]], Any] | Sequence[str]
@@ -109,19 +110,20 @@ def app_call(
     Raises:
         DatasetError, ConfigError: as in `listed_examples`.
     """
-    if given.inputs is None:
-        value = _selected(graph, own_copy(example), withheld)
-    else:
-        make = given.inputs
-        if not callable(make):
-            make = _chosen(make, input_keys(graph))
-        value = copy_or_same(_asked("inputs", make, own_copy(example)))
-    return AppCall(
-        value=value,
-        context=_context(graph, given.context, example),
-        configurable=_configurable(_part("configurable", given.configurable, example)),
-        store=_store(_part("store", given.store, example)),
-    )
+    with outside_runs():  # a function of the example may ask models
+        if given.inputs is None:
+            value = _selected(graph, own_copy(example), withheld)
+        else:
+            make = given.inputs
+            if not callable(make):
+                make = _chosen(make, input_keys(graph))
+            value = copy_or_same(_asked("inputs", make, own_copy(example)))
+        return AppCall(
+            value=value,
+            context=_context(graph, given.context, example),
+            configurable=_configurable(_part("configurable", given.configurable, example)),
+            store=_store(_part("store", given.store, example)),
+        )
 
 
 def _part(name: str, value: Any, example: Mapping[str, Any]) -> Any:

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from queue import Queue
 from typing import Any, TypedDict
@@ -22,6 +23,7 @@ from langgraph.graph import START, StateGraph
 from marft_graph import compile_graph, run_episodes
 from marft_graph.engine.fake import FakeEngine
 from marft_graph.errors import UndecidedCallError
+from marft_graph.rollout import dry_run
 
 openai = ChatOpenAI(model="gpt-4o", api_key="none", base_url="http://127.0.0.1:9", max_retries=0)
 free = FakeListChatModel(responses=["own"])
@@ -290,3 +292,32 @@ def test_a_class_that_changes_what_it_is_asked_is_answered_so(engine: FakeEngine
     (episode,) = run_episodes(app(node), Questions, engine=engine)
     assert episode.calls[-1].messages[0]["content"] == "Please: sing"
     assert episode.state["answer"] == "x"
+
+
+def test_functions_of_the_example_ask_their_own_models(engine: FakeEngine) -> None:
+    seen: list[Any] = []
+
+    def graph_input(example: Any) -> Any:
+        return {"question": free.invoke(example["question"]).text}
+
+    run_episodes(
+        app(lambda state: seen.append(state["question"])),
+        Questions,
+        engine=engine,
+        inputs=graph_input,
+    )
+    assert seen == ["own"]
+
+
+def test_a_dry_run_that_blocks_is_given_up_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dry_run, "_SECONDS", 0.3)
+
+    async def blocks(state: State) -> Any:
+        time.sleep(1.5)
+        return {}
+
+    flex_mg = compile_graph(app(blocks), Questions)
+    assert "shown" in flex_mg.agents
+    assert any("episode_timeout" in note or "timeout" in note for note in flex_mg.notes)
