@@ -13,7 +13,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from marft_graph.graph.syntax import REPEATING, Function, own_nodes
-from marft_graph.graph.values import DATA, PLAIN, Closure, Known, Value, collection
+from marft_graph.graph.values import (
+    DATA,
+    PLAIN,
+    Arguments,
+    Closure,
+    Known,
+    Value,
+    collection,
+    parent,
+)
 
 if TYPE_CHECKING:
     from marft_graph.graph.search import Search
@@ -128,7 +137,7 @@ class Frame:
         if isinstance(node, ast.Subscript):
             self.value(node.slice)
             key = node.slice.value if isinstance(node.slice, ast.Constant) else None
-            return self._each(self.value(node.value), lambda v: self.search.item(v, key))
+            return self._each(self.value(node.value), lambda v: self.search.members.item(v, key))
         if isinstance(node, ast.Lambda):
             return [Closure(node, self)]
         if isinstance(node, ast.List | ast.Tuple | ast.Set):
@@ -150,7 +159,7 @@ class Frame:
 
     def items(self, values: Iterable[Value]) -> list[Value]:
         """What iterating over values yields."""
-        return self._each(list(values), lambda value: self.search.item(value, None))
+        return self._each(list(values), lambda value: self.search.members.item(value, None))
 
     def _element(self, node: ast.expr) -> list[Value]:
         values = self.value(node)
@@ -160,7 +169,7 @@ class Frame:
         return _distinct([found for value in values for found in make(value)])
 
     def _attribute(self, node: ast.Attribute, value: Value) -> list[Value]:
-        found, calls = self.search.attribute(value, node.attr)
+        found, calls = self.search.members.attribute(value, node.attr)
         self.note(node, calls)
         return found
 
@@ -168,15 +177,15 @@ class Frame:
         places = [self._element(argument) for argument in node.args]
         words = {word.arg or "": self.value(word.value) for word in node.keywords}
         if isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args:
-            return self.search.parent(self._outside("__class__"), self._first_parameter())
+            return parent(self._outside("__class__"), self._first_parameter())
         if isinstance(node.func, ast.Name) and node.func.id == "globals":
-            return self.search.namespace(self._outside("__globals__"))
+            return self._outside("__globals__")
         file = self.file.rpartition("/")[2]
         place = f"{ast.unparse(node.func)} ({file}, line {node.lineno})"
         found: list[Value] = []
         total = 0
         for callee in self.value(node.func):
-            values, calls = self.search.call(callee, places, words, place)
+            values, calls = self.search.calls.call(callee, Arguments(places, words), place)
             found += values
             total = max(total, calls)
         self.note(node, total)
@@ -202,10 +211,10 @@ class Frame:
             values = self.value(statement.value)
             if isinstance(target, ast.Attribute):
                 for owner in self.value(target.value):
-                    self.search.store(owner, target.attr, values)
+                    self.search.members.store(owner, target.attr, values)
             elif isinstance(target, ast.Name) and target.id in self._globals:
                 for owner in self._outside("__globals__"):
-                    self.search.store(owner, target.id, values)
+                    self.search.members.store(owner, target.id, values)
             elif isinstance(target, ast.Subscript):
                 for value in values:
                     self.note(target, self.search.use(value))
@@ -256,7 +265,9 @@ class Frame:
             for decorator in reversed(statement.decorator_list):
                 found: list[Value] = []
                 for callee in self.value(decorator):
-                    made, calls = self.search.call(callee, [values], {}, statement.name)
+                    made, calls = self.search.calls.call(
+                        callee, Arguments([values]), statement.name
+                    )
                     self.note(decorator, calls)
                     found += made
                 values = _distinct([*values, *found])
@@ -275,7 +286,7 @@ class Frame:
             yield node.target, lambda: self.items(self.value(node.iter))
         elif isinstance(node, ast.withitem) and node.optional_vars is not None:
             context = node.context_expr
-            yield node.optional_vars, lambda: self.search.entered(self.value(context))
+            yield node.optional_vars, lambda: self.search.members.entered(self.value(context))
         elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar):
             if node.name:
                 yield node.name, lambda: [DATA]
@@ -297,7 +308,7 @@ class Frame:
                 parts = str(around[0] if around else "").split(".")
                 parts = parts[: len(parts) - node.level + 1]
                 module = ".".join([*parts, *([module] if module else [])])
-            return self.search.imported(module, name)
+            return self.search.members.imported(module, name)
 
         return thunk
 

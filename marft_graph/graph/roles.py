@@ -24,7 +24,8 @@ from langgraph.pregel import Pregel
 
 from marft_graph.graph import libraries
 from marft_graph.graph.libraries import LANGCHAIN, package
-from marft_graph.graph.search import Search, codes
+from marft_graph.graph.objects import codes
+from marft_graph.graph.search import Search
 from marft_graph.graph.values import Bound, Known
 from marft_graph.names import inner_path
 

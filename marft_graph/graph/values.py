@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -93,8 +93,35 @@ class Data:
 
 Value = Known | Made | Bound | Method | Items | Closure | NewGraph | Parent | Plain | Data
 PLAIN, DATA = Plain(), Data()
+Called = tuple[list[Value], int]
+"""What a call gives, and how often it may ask a model: 0, 1, or 2 for more."""
 
-_MOST, _DEEPEST = 40, 3
+_MOST, _DEEPEST, _PLACES = 40, 3, 20
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What the arguments of a call stand for."""
+
+    places: list[list[Value]] = field(default_factory=list)
+    """By place."""
+    words: Mapping[str, list[Value]] = field(default_factory=dict)
+    """By name."""
+    are_known: bool = True
+    """False where something else makes the call, with arguments that the code does not show."""
+
+    @property
+    def values(self) -> list[Value]:
+        """All of them."""
+        return [v for values in (*self.places, *self.words.values()) for v in values]
+
+    def behind(self, first: list[list[Value]]) -> Arguments:
+        """These arguments behind others, such as the object that a method belongs to."""
+        places = self.places if self.are_known else [[DATA]] * _PLACES
+        return replace(self, places=[*first, *places])
+
+
+UNKNOWN = Arguments(are_known=False)
 
 
 def collection(values: Iterable[Value]) -> Items:
@@ -107,3 +134,9 @@ def collection(values: Iterable[Value]) -> Items:
             parts[value] = None
     kept = tuple(parts)[:_MOST]
     return Items(kept, 1 + max((v.depth for v in kept if isinstance(v, Items)), default=0))
+
+
+def parent(kinds: list[Value], owners: list[Value]) -> list[Value]:
+    """What `super()` stands for in a method."""
+    classes = [k.value for k in kinds if isinstance(k, Known) and isinstance(k.value, type)]
+    return [Parent(owner, kind) for kind in classes for owner in owners]
