@@ -400,6 +400,19 @@ def test_nodes_that_raise_are_dropped_and_counted(make: Callable[..., Trainer]) 
     assert "ValueError" in next(iter(row["failed_by_reason"]))
 
 
+def test_greedy_nodes_are_told_of_before_anything_is_sampled(
+    make: Callable[..., Trainer], tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with make(duo(greedy=["planner"])):
+        assert "planner cannot learn" in caplog.text
+    with pytest.raises(ConfigError, match="planner, actor cannot learn"):
+        make(duo(greedy=["planner", "actor"]), run="none")
+    caplog.clear()
+    sampled = config(tiny_model, temperature=1.0)
+    with make(duo(greedy=["planner", "actor"]), run="sampled", config=sampled):
+        assert "cannot learn" not in caplog.text
+
+
 def test_a_node_that_the_app_makes_greedy_is_warned_of_and_not_trained(
     make: Callable[..., Trainer], tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -418,11 +431,8 @@ def test_an_app_that_is_greedy_everywhere_is_refused_with_what_to_set(
     make: Callable[..., Trainer], tiny_model: Path
 ) -> None:
     app = duo(greedy=["planner", "actor"])
-    with (
-        make(app) as trainer,
-        pytest.raises(ConfigError, match=r"Set temperature to 1\.0 to sample"),
-    ):
-        trainer.train(progress=False)
+    with pytest.raises(ConfigError, match=r"Set temperature to 1\.0 to sample"):
+        make(app)
     with make(app, config=config(tiny_model, temperature=1.0), run="sampled") as trainer:
         trainer.train(progress=False)
 

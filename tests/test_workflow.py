@@ -205,3 +205,27 @@ def test_a_task_may_list_several_rewards(app: Path, tmp_path: Path) -> None:
     reward = load_target(str(tmp_path)).reward
     assert isinstance(reward, CombinedReward)
     assert [(part.name, part.weight) for part in reward.parts] == [("correct", 1.0), ("short", 0.1)]
+
+
+def test_a_task_says_what_the_app_is_called_with(tmp_path):
+    (tmp_path / "graph.py").write_text(
+        "from langgraph.graph import START, MessagesState, StateGraph\n"
+        "builder = StateGraph(MessagesState).add_node('a', lambda state: state)\n"
+        "graph = builder.add_edge(START, 'a')\n",
+        encoding="utf-8",
+    )
+    task = (
+        "context = {'user': 'ada'}\n"
+        "def configurable(example):\n    return {'lang': example['lang']}\n"
+        "store = {('mem',): {'k': {'v': 1}}}\n"
+        "def on_interrupt(example, state, interrupt):\n    return 'yes'\n"
+    )
+    (tmp_path / "task.py").write_text(task, encoding="utf-8")
+    parts = load_target(str(tmp_path)).parts()
+    assert parts["context"] == {"user": "ada"}
+    assert parts["configurable"]({"lang": "de"}) == {"lang": "de"}
+    assert parts["store"] == {("mem",): {"k": {"v": 1}}}
+    assert parts["on_interrupt"]({}, {}, None) == "yes"
+    (tmp_path / "task.py").write_text("on_interrupt = 'yes'\n", encoding="utf-8")
+    with pytest.raises(WorkflowError, match="on_interrupt must be a function"):
+        load_target(str(tmp_path))

@@ -119,6 +119,25 @@ def test_langchains_cache_gives_no_answers_and_takes_none():
         set_llm_cache(None)
 
 
+def test_a_model_with_a_cache_of_its_own_or_that_insists_on_one_is_asked_anew():
+    set_llm_cache(AnswerCache())
+    asked = []
+
+    class Counting(FakeListChatModel):
+        def _call(self, *args, **kwargs):
+            asked.append(1)
+            return "own"
+
+    try:
+        insisting = Counting(responses=["x"], cache=True)
+        node = one(lambda state: {"a": insisting.invoke("q").text})
+        run_episodes(node, [{"q": "q"}], engine=None, group_size=3)
+        assert len(asked) == 3
+        assert get_llm_cache()._cache == {}
+    finally:
+        set_llm_cache(None)
+
+
 # Stores
 
 

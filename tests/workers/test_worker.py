@@ -232,6 +232,20 @@ def test_with_a_target_the_worker_imports_what_cannot_be_pickled(tmp_path: Path)
     assert given.inputs({"question": "q"}) == {"messages": ["q"]}
 
 
+def test_what_the_app_is_called_with_travels_to_the_worker() -> None:
+    given = AppInputs(
+        context={"user": "ada"},
+        configurable=lambda example: {"lang": example["lang"]},
+        store={("mem",): {"k": {"v": 1}}},
+        on_interrupt=lambda example, state, interrupt: "yes",
+    )
+    loaded = pickle.loads(pickle.dumps(pack_app(duo(), reward, given, None))).load()[2]
+    assert loaded.context == {"user": "ada"}
+    assert loaded.configurable({"lang": "de"}) == {"lang": "de"}
+    assert loaded.store == {("mem",): {"k": {"v": 1}}}
+    assert loaded.on_interrupt({}, {}, None) == "yes"
+
+
 def test_what_a_target_does_not_have_is_unpickled_or_missed(tmp_path: Path) -> None:
     file = tmp_path / "app.py"
     file.write_text(FOLDER, encoding="utf-8")
