@@ -7,6 +7,7 @@ model writes wrongly is kept as an `InvalidToolCall`, which the app may answer; 
 from __future__ import annotations
 
 import hashlib
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -309,12 +310,14 @@ def _scan_mistral(text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[str, l
 
 def _form_around(begin: str, key: str, end: str) -> Callable[[str, Mapping[str, Any]], list[Part]]:
     """A call as an object with a name and, under `key`, its arguments."""
+    return functools.partial(_form_object, begin, key, end)  # workers get it pickled
 
-    def form(name: str, parameters: Mapping[str, Any]) -> list[Part]:
-        opening = f'{begin}{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": '
-        return [opening, dict(parameters), "}" + end]
 
-    return form
+def _form_object(
+    begin: str, key: str, end: str, name: str, parameters: Mapping[str, Any]
+) -> list[Part]:
+    opening = f'{begin}{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": '
+    return [opening, dict(parameters), "}" + end]
 
 
 def _form_named(name: str, parameters: Mapping[str, Any]) -> list[Part]:
