@@ -6,8 +6,8 @@ model writes wrongly is kept as an `InvalidToolCall`, which the app may answer; 
 
 from __future__ import annotations
 
-import hashlib
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
