@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from langchain_core.runnables import Runnable
@@ -89,3 +89,15 @@ def attributes(value: Any) -> Iterable[Any]:
     for name in sorted(names):
         with contextlib.suppress(AttributeError):  # a slot that was never filled
             yield held[name] if name in held else getattr(value, name)
+
+
+def outer_names(function: types.FunctionType) -> Callable[[str], Any]:
+    """What a name of the function stands for outside it; None where that is not known."""
+    cells = cell_values(function)
+
+    def value(name: str) -> Any:
+        if name in (*function.__code__.co_varnames, *function.__code__.co_cellvars):
+            return None
+        return cells.get(name, function.__globals__.get(name))
+
+    return value

@@ -81,3 +81,35 @@ def _encloses(node: ast.Lambda, code: types.CodeType) -> bool:
         body.end_lineno,
         body.end_col_offset,
     )
+
+
+def returned_values(tree: Function) -> Iterator[ast.expr | None]:
+    """Every expression that the function can return; None for the end of its body."""
+    if isinstance(tree, ast.Lambda):
+        yield from _alternatives(tree.body)
+        return
+    for node in own_nodes(tree.body):
+        if isinstance(node, ast.Return):
+            yield from _alternatives(node.value)
+    if not _always_leaves(tree.body):
+        yield None
+
+
+def _alternatives(value: ast.expr | None) -> Iterator[ast.expr | None]:
+    if isinstance(value, ast.IfExp):
+        yield from _alternatives(value.body)
+        yield from _alternatives(value.orelse)
+    else:
+        yield value
+
+
+def _always_leaves(body: Sequence[ast.stmt]) -> bool:
+    """Whether a block never reaches its end."""
+    last = body[-1]
+    if isinstance(last, ast.Return | ast.Raise):
+        return True
+    if isinstance(last, ast.If):
+        return bool(last.orelse) and _always_leaves(last.body) and _always_leaves(last.orelse)
+    if isinstance(last, ast.With | ast.AsyncWith):
+        return _always_leaves(last.body)
+    return False
