@@ -30,6 +30,7 @@ from langchain_core.runnables.config import RunnableConfig, ensure_config
 from marft_graph.errors import ConfigError, EpisodeTimeoutError
 from marft_graph.rollout import overrides, own_models, scopes, streaming
 from marft_graph.rollout.asked import REASON_KEYS, asked_for, what_is_asked
+from marft_graph.rollout.isolation import without_cache
 from marft_graph.rollout.own_models import pass_on, refuse_late
 from marft_graph.rollout.responder import Delegate, InterceptedCall, Pending, Responder
 from marft_graph.rollout.scopes import (
@@ -307,7 +308,10 @@ def _delegated(
         for model, asked in _asked(delegate, own, stop, kwargs):
             try:
                 result: ChatResult = _originals["_generate_with_cache"](
-                    model, _prompt(delegate, model, messages), run_manager=run_manager, **asked
+                    without_cache(model),
+                    _prompt(delegate, model, messages),
+                    run_manager=run_manager,
+                    **asked,
                 )
             except Exception as error:
                 if not _may_go_on(delegate, model, error):
@@ -333,7 +337,10 @@ async def _adelegated(
         for model, asked in _asked(delegate, own, stop, kwargs):
             try:
                 result: ChatResult = await _originals["_agenerate_with_cache"](
-                    model, _prompt(delegate, model, messages), run_manager=run_manager, **asked
+                    without_cache(model),
+                    _prompt(delegate, model, messages),
+                    run_manager=run_manager,
+                    **asked,
                 )
             except Exception as error:
                 if not _may_go_on(delegate, model, error):
@@ -430,9 +437,10 @@ def _generate(
 ) -> ChatResult:
     begun = _begin(self, messages, stop, run_manager and run_manager.metadata, kwargs)
     if begun is None:
-        with _answering(self):
+        own = without_cache(self)
+        with _answering(own):
             result: ChatResult = _originals["_generate_with_cache"](
-                self, messages, stop=stop, run_manager=run_manager, **kwargs
+                own, messages, stop=stop, run_manager=run_manager, **kwargs
             )
         return result
     run, answer = begun
@@ -452,9 +460,10 @@ async def _agenerate(
 ) -> ChatResult:
     begun = _begin(self, messages, stop, run_manager and run_manager.metadata, kwargs)
     if begun is None:
-        with _answering(self):
+        own = without_cache(self)
+        with _answering(own):
             result: ChatResult = await _originals["_agenerate_with_cache"](
-                self, messages, stop=stop, run_manager=run_manager, **kwargs
+                own, messages, stop=stop, run_manager=run_manager, **kwargs
             )
         return result
     run, answer = begun

@@ -22,6 +22,7 @@ from typing import Any
 from langchain_core.caches import BaseCache as AnswerCache
 from langchain_core.globals import get_llm_cache
 from langchain_core.language_models import chat_models, llms
+from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.cache.base import BaseCache
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -207,6 +208,13 @@ def _active(config: Any = None) -> Isolation | None:
         if found is not None:
             return found
     return _current.get()
+
+
+def without_cache(model: BaseChatModel) -> BaseChatModel:
+    """The app's own model as an episode asks it: without a cache that was given to it alone."""
+    if _active() is None or not isinstance(model.cache, AnswerCache):
+        return model
+    return model.model_copy(update={"cache": False})
 
 
 def _install() -> None:

@@ -119,7 +119,8 @@ def test_langchains_cache_gives_no_answers_and_takes_none():
         set_llm_cache(None)
 
 
-def test_a_model_with_a_cache_of_its_own_or_that_insists_on_one_is_asked_anew():
+@pytest.mark.parametrize("own", [True, False])
+def test_a_model_with_a_cache_of_its_own_or_that_insists_on_one_is_asked_anew(own):
     set_llm_cache(AnswerCache())
     asked = []
 
@@ -129,11 +130,12 @@ def test_a_model_with_a_cache_of_its_own_or_that_insists_on_one_is_asked_anew():
             return "own"
 
     try:
-        insisting = Counting(responses=["x"], cache=True)
+        cache = AnswerCache()
+        insisting = Counting(responses=["x"], cache=cache if own else True)
         node = one(lambda state: {"a": insisting.invoke("q").text})
         run_episodes(node, [{"q": "q"}], engine=None, group_size=3)
         assert len(asked) == 3
-        assert get_llm_cache()._cache == {}
+        assert get_llm_cache()._cache == cache._cache == {}
     finally:
         set_llm_cache(None)
 
