@@ -10,7 +10,6 @@ import functools
 import hashlib
 import itertools
 import json
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,10 +17,11 @@ from typing import Any, Literal
 import networkx as nx
 
 from marft_graph.errors import GraphError, UnknownNodeError
+from marft_graph.graph import control
+from marft_graph.graph.ways import ways_from
 from marft_graph.names import adapter_name
 
 START, END = "__start__", "__end__"
-_MOST_GROUPS = 50
 EVIDENCE = {"code": "by its code", "run": "seen in a run", "schema": "by its state schema alone"}
 """What an observation is known from, in words."""
 Dependency = Literal["never", "possible", "always"]
@@ -75,14 +75,7 @@ class FlexMG:
     @functools.cached_property
     def loops(self) -> tuple[tuple[str, ...], ...]:
         """Sets of nodes that can run again after each other, in order of first run."""
-        control = self.control
-        order = {node: place for place, node in enumerate(self.order)}
-        found = [
-            tuple(sorted(component, key=lambda node: order[node]))
-            for component in nx.strongly_connected_components(control)
-            if len(component) > 1 or any(control.has_edge(n, n) for n in component)
-        ]
-        return tuple(sorted(found, key=lambda loop: order[loop[0]]))
+        return control.loops(self.control, self.order)
 
     @functools.cached_property
     def cycles(self) -> tuple[tuple[str, ...], ...]:
@@ -90,36 +83,12 @@ class FlexMG:
 
         For every edge that is part of a loop there is one; a graph may have many more.
         """
-        control = self.control
-        place = {node: number for number, node in enumerate(self.order)}
-        found: dict[frozenset[tuple[str, str]], tuple[str, ...]] = {}
-        for loop in self.loops:
-            inside = control.subgraph(loop)
-            edges = sorted(inside.edges, key=lambda edge: (place[edge[0]], place[edge[1]]))
-            left = dict.fromkeys(edges)
-            while left:
-                a, b = next(iter(left))
-                way = nx.shortest_path(inside, b, a)
-                first = way.index(min(way, key=lambda node: place[node]))
-                cycle = (*way[first:], *way[:first])
-                steps = list(zip(cycle, (*cycle[1:], cycle[0]), strict=True))
-                found.setdefault(frozenset(steps), cycle)
-                for step in steps:
-                    left.pop(step, None)
-        return tuple(sorted(found.values(), key=lambda c: (len(c), [place[node] for node in c])))
+        return control.cycles(self.control, self.order)
 
     @functools.cached_property
     def parallel_groups(self) -> tuple[tuple[str, ...], ...]:
         """Agents that can run side by side: started together, and none leads to another."""
-        free: nx.Graph[str] = nx.Graph()
-        reach = {node: nx.descendants(self.control, node) | {node} for node in self.control}
-        agents = self.agents
-        for left, right in itertools.combinations(agents, 2):
-            apart = right not in reach[left] and left not in reach[right]
-            if apart and self._start_together(left, right, reach):
-                free.add_edge(left, right)
-        cliques = itertools.islice(nx.find_cliques(free), _MOST_GROUPS)
-        return tuple(sorted(tuple(sorted(clique, key=agents.index)) for clique in cliques))
+        return control.parallel_groups(self.control, self.control_edges, self.agents)
 
     @functools.cached_property
     def fan_outs(self) -> tuple[str, ...]:
@@ -130,12 +99,12 @@ class FlexMG:
     @functools.cached_property
     def control(self) -> nx.DiGraph[str]:
         """Which node can run directly after which, START and END included."""
-        control: nx.DiGraph[str] = nx.DiGraph()
-        control.add_nodes_from(self.graph)
-        control.add_edges_from(
+        followed: nx.DiGraph[str] = nx.DiGraph()
+        followed.add_nodes_from(self.graph)
+        followed.add_edges_from(
             (a, b) for a, b, edge in self.graph.edges(data=True) if edge["kind"] != "data"
         )
-        return control
+        return followed
 
     @functools.cached_property
     def control_edges(self) -> tuple[tuple[str, str, str], ...]:
@@ -156,10 +125,11 @@ class FlexMG:
         """
         pairs = set(self.observations)
         carrying = nx.DiGraph((a, b) for a, b in self.control.edges if self.carries(a, b))
+        agents = set(self.agents)
         neighbours = {
             (i, j)
             for i, j in pairs
-            if j in carrying and i in _reached(carrying, j, stop=set(self.agents))
+            if j in carrying and i in control.reached(carrying, j, stop=agents)
         }
         return tuple(
             (i, j)
@@ -187,19 +157,7 @@ class FlexMG:
     @functools.cached_property
     def order(self) -> tuple[str, ...]:
         """Nodes in topological order of the loops' condensation; START and END left out."""
-        control = self.control
-        distance = dict(nx.single_source_shortest_path_length(control, START))
-        far = len(control)
-        condensed = nx.condensation(control)
-
-        def first(component: int) -> tuple[int, str]:
-            members = condensed.nodes[component]["members"]
-            return min((distance.get(m, far), m) for m in members)
-
-        nodes: list[str] = []
-        for component in nx.lexicographical_topological_sort(condensed, key=first):
-            members = condensed.nodes[component]["members"]
-            nodes += sorted(members, key=lambda node: (distance.get(node, far), node))
+        nodes = control.in_order(self.control, START)
         return tuple(node for node in nodes if node not in (START, END))
 
     def dependency(self, i: str, j: str) -> Dependency:
@@ -387,38 +345,7 @@ class FlexMG:
         Data passes through nodes that make no call of their own, or may make none, and through
         others where these pass it on beside their model's answer.
         """
-        return {source: self._ways_from(source) for source in self.graph}
-
-    def _ways_from(self, source: str) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        seen: set[tuple[str, str]] = set()
-        waiting: deque[tuple[list[str], str | None]] = deque([([source], None)])
-        while waiting:
-            path, arrived = waiting.popleft()
-            for _, following, edge in sorted(
-                self.graph.out_edges(path[-1], data=True), key=lambda e: (e[1], str(e[2]))
-            ):
-                if edge["kind"] != "data":
-                    continue
-                channel = edge["channel"]
-                if arrived is not None and not self._passes_on(path[-1], arrived, channel):
-                    continue
-                way = [*path, following]
-                found.setdefault(following, way)
-                if (following, channel) not in seen and following != source:
-                    seen.add((following, channel))
-                    waiting.append((way, channel))
-        return found
-
-    def _passes_on(self, node: str, arrived: str, channel: str) -> bool:
-        """Whether what a node reads in one channel may be in what it writes to another."""
-        data = self.graph.nodes[node]
-        if data["role"] != "agent" or not data.get("always_calls", False):
-            return True
-        carries = data.get("carries", {})
-        carried = [*carries.get(channel, ()), *carries.get("*", ())]
-        is_channel = arrived.isidentifier() and arrived != "Send"
-        return bool(carried) and ("*" in carried or not is_channel or arrived in carried)
+        return {source: ways_from(self.graph, source) for source in self.graph}
 
     def _is_read_by_code(self, source: str, target: str) -> bool:
         edges = (self.graph.get_edge_data(source, target) or {}).values()
@@ -432,33 +359,10 @@ class FlexMG:
         edges = self.graph.get_edge_data(source, target).values()
         return sorted(edge["channel"] for edge in edges if edge["kind"] == "data")
 
-    def _start_together(self, left: str, right: str, reach: Mapping[str, set[str]]) -> bool:
-        """Whether one node starts the ways to both, and not as alternatives."""
-        for _, edges in itertools.groupby(self.control_edges, key=lambda edge: edge[0]):
-            ways = [(b, kind) for _, b, kind in edges]
-            for (a, kind), (b, other) in itertools.permutations(ways, 2):
-                leads = a != b and left in reach[a] and right in reach[b]
-                if leads and not kind == other == "conditional":
-                    return True
-        return False
-
     def _check(self, *names: str) -> None:
         for name in names:
             if name not in self.graph:
                 raise UnknownNodeError(_unknown(name, self))
-
-
-def _reached(graph: nx.DiGraph[str], start: str, stop: set[str]) -> set[str]:
-    """Nodes on ways from a node that end at the first of `stop`."""
-    found: set[str] = set()
-    waiting = [start]
-    while waiting:
-        for following in graph.successors(waiting.pop()):
-            if following not in found:
-                found.add(following)
-                if following not in stop:
-                    waiting.append(following)
-    return found
 
 
 def resolve_nodes(
