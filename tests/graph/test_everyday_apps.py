@@ -40,6 +40,11 @@ class App:
     """More for `run_episodes`."""
 
 
+def agree(example: Any, state: Any, interrupt: Any) -> str:
+    """A person who agrees to everything."""
+    return "sent"
+
+
 APPS = {
     "research_team": App(
         public_apps.research_team,
@@ -47,6 +52,14 @@ APPS = {
         {"write_brief", "supervisor", "supervisor_tools/researcher", "supervisor_tools/compress"}
         | {"final_report"},
     ),
+    "email_assistant": App(
+        public_apps.email_assistant,
+        {"email": "Can we meet?"},
+        {"triage_router", "response_agent"},
+        {"classification": ["respond"]},
+        {"on_interrupt": agree},
+    ),
+    "memory_agent": App(public_apps.memory_agent, MESSAGES, {"call_model", "store_memory"}),
     "rag": App(public_apps.rag, {"question": "why?"}, {"generate"}),
     "adaptive_rag": App(
         public_apps.adaptive_rag,
