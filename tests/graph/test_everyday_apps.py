@@ -7,6 +7,7 @@ answered before it; of another task's calls, one after the other, the last stand
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import socket
@@ -20,6 +21,7 @@ from pydantic import BaseModel
 
 from marft_graph import Call, Episode, FakeEngine, compile_graph, run_episodes
 from marft_graph.graph.draw import summary
+from marft_graph.learn.fate import Fate, UpdateFacts, count_fates, fates
 from marft_graph.names import agent_path
 from tests.graph import public_apps, real_apps
 
@@ -195,8 +197,9 @@ def _json(value: Any) -> str:
     return json.dumps(value)
 
 
-def run(name: str) -> Episode:
-    """One episode of an app with marked answers."""
+@functools.cache
+def run(name: str) -> tuple[Episode, int]:
+    """One episode of an app with marked answers, and how many answers it asked for."""
     app = APPS[name]
     if name in ("supervisor_team", "swarm"):
         pytest.importorskip(f"langgraph_{name.partition('_')[0]}")
@@ -206,7 +209,7 @@ def run(name: str) -> Episode:
     )
     engine.close()
     assert episode.status == "ok", episode.error
-    return episode
+    return episode, len(engine.requests)
 
 
 def text_of(ids: tuple[int, ...]) -> str:
@@ -250,19 +253,30 @@ def test_the_dry_run_finds_the_agents_that_a_person_would_list(name: str) -> Non
 
 @EVERY_APP
 def test_every_call_is_met_by_its_agent(name: str) -> None:
-    assert {agent_path(call.node) for call in run(name).calls} == APPS[name].agents
+    episode, _ = run(name)
+    assert {agent_path(call.node) for call in episode.calls} == APPS[name].agents
+
+
+@EVERY_APP
+def test_every_answer_that_was_asked_for_has_one_fate(name: str) -> None:
+    episode, asked = run(name)
+    facts = UpdateFacts(updated=frozenset(call.agent for call in episode.calls))
+    counts = count_fates(fates([episode], [episode], facts))
+    assert set(counts) == APPS[name].agents
+    assert sum(sum(of_node.values()) for of_node in counts.values()) == asked
+    assert {fate for of_node in counts.values() for fate in of_node} == {Fate.TRAINED.value}
 
 
 @EVERY_APP
 def test_parents_are_the_calls_whose_answers_a_prompt_shows(name: str) -> None:
-    episode = run(name)
+    episode, _ = run(name)
     assert [call.parents for call in episode.calls] == parents_by_text(episode)
 
 
 @EVERY_APP
 def test_no_traced_parent_is_never_and_no_always_is_refuted(name: str) -> None:
     flex_mg = compile_graph(APPS[name].build())
-    episode = run(name)
+    episode, _ = run(name)
     agents = [agent_path(call.node) for call in episode.calls]
     seen = {(agents[c.index], agents[p]) for c in episode.calls for p in c.parents}
     known = set(flex_mg.agents)
