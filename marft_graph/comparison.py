@@ -166,7 +166,7 @@ def compare(
         ExportError, ModelError, DatasetError, EpisodesFailedError, RewardError: as in evaluation.
     """
     prices = dict(prices or {})
-    given = AppInputs(
+    app_inputs = AppInputs(
         inputs=inputs,
         context=context,
         configurable=configurable,
@@ -185,14 +185,14 @@ def compare(
     frozen = {node for manifest in manifests for node in (*manifest.nodes, *manifest.frozen)}
     nodes = tuple(exported)
     if not nodes:
-        game = _trained_game(app, examples, given, config)
+        game = _trained_game(app, examples, app_inputs, config)
         nodes, frozen = game.agents, set(game.frozen)
     episodes: dict[str, list[Episode]] = {}
     for name, source in policies.items():
         options: dict[str, Any] = {
             "reward": reward,
             "config": config,
-            "given": given,
+            "given": app_inputs,
             "frozen": sorted(frozen),
             "greedy": greedy,
             "group_size": episodes_per_example,
@@ -237,11 +237,11 @@ def _reference(
 
 
 def _trained_game(
-    app: Any, examples: Sequence[Mapping[str, Any]], given: AppInputs, config: TrainConfig
+    app: Any, examples: Sequence[Mapping[str, Any]], app_inputs: AppInputs, config: TrainConfig
 ) -> FlexMG:
     """The nodes that would be trained, found as the trainer finds them."""
     shown = [examples[i] for i in range(min(8, len(examples)))]
-    return compile_with(app, shown, given).training(config.nodes)
+    return compile_with(app, shown, app_inputs).training(config.nodes)
 
 
 def _base_episodes(

@@ -36,7 +36,7 @@ def check_can_add(config: TrainConfig, ranks: Ranks) -> None:
         )
 
 
-def agents_added(run_dir: str | Path | None, found: FlexMG) -> tuple[str, ...]:
+def agents_added(run_dir: str | Path | None, flex_mg: FlexMG) -> tuple[str, ...]:
     """Agents that an earlier part of a run has added, by its `graph.json`.
 
     Raises:
@@ -49,7 +49,7 @@ def agents_added(run_dir: str | Path | None, found: FlexMG) -> tuple[str, ...]:
         saved = FlexMG.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot read {path}: {error!r}") from error
-    known = {*found.agents, *found.frozen}
+    known = {*flex_mg.agents, *flex_mg.frozen}
     return tuple(node for node in saved.agents if node not in known)
 
 

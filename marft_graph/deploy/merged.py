@@ -109,9 +109,9 @@ def _logits(model: Any) -> Tensor:
     return logits.float()
 
 
-def _compare(found: Tensor, expected: Tensor, what: str, bound: float) -> None:
+def _compare(actual: Tensor, expected: Tensor, what: str, bound: float) -> None:
     most = bound * expected.abs().max().item()
-    difference = (found - expected).abs().max().item() if found.shape == expected.shape else None
+    difference = (actual - expected).abs().max().item() if actual.shape == expected.shape else None
     if difference is None or not difference <= most:  # not a number is no match
         raise ExportError(
             f"{what} is not what was trained: loaded again from disk its logits differ by "

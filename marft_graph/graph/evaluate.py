@@ -70,11 +70,11 @@ class Frame:
                 self._repeated.update(id(inner) for inner in ast.walk(node))
         if isinstance(self.tree, ast.Lambda):
             return self.value(self.tree.body)
-        found: list[Value] = []
+        returned: list[Value] = []
         yielded: list[Value] = []
         for statement in self._statements(self.tree.body):
             if isinstance(statement, ast.Return) and statement.value is not None:
-                found += self.value(statement.value)
+                returned += self.value(statement.value)
             elif isinstance(statement, ast.ClassDef):
                 self._run_class(statement)
             elif not isinstance(statement, _DEFINITIONS):
@@ -83,7 +83,7 @@ class Frame:
             if isinstance(node, ast.Yield | ast.YieldFrom) and node.value is not None:
                 values = self.value(node.value)
                 yielded += values if isinstance(node, ast.Yield) else self.items(values)
-        return _distinct([*found, *([collection(yielded)] if yielded else [])])
+        return _distinct([*returned, *([collection(yielded)] if yielded else [])])
 
     @property
     def total(self) -> int:
@@ -104,15 +104,15 @@ class Frame:
             return self._known[name]
         if name not in self._assigned and name not in self._bound:
             return self._outside(name)
-        found = list(self._bound.get(name, ()))
-        self._known[name] = found  # what is known so far, where a name is assigned from itself
+        values = list(self._bound.get(name, ()))
+        self._known[name] = values  # what is known so far, where a name is assigned from itself
         for _ in range(_ROUNDS):
-            before = len(found)
+            before = len(values)
             for thunk in self._assigned.get(name, ()):
-                found[:] = _distinct([*found, *thunk()])
-            if len(found) == before or len(found) == _MOST:
+                values[:] = _distinct([*values, *thunk()])
+            if len(values) == before or len(values) == _MOST:
                 break
-        return found
+        return values
 
     def value(self, node: ast.expr | None) -> list[Value]:
         """What an expression stands for; the calls in it are made."""
@@ -169,9 +169,9 @@ class Frame:
         return _distinct([found for value in values for found in make(value)])
 
     def _attribute(self, node: ast.Attribute, value: Value) -> list[Value]:
-        found, calls = self.search.members.attribute(value, node.attr)
+        values, calls = self.search.members.attribute(value, node.attr)
         self.note(node, calls)
-        return found
+        return values
 
     def _call(self, node: ast.Call) -> list[Value]:
         places = [self._element(argument) for argument in node.args]
@@ -182,14 +182,14 @@ class Frame:
             return self._outside("__globals__")
         file = self.file.rpartition("/")[2]
         place = f"{ast.unparse(node.func)} ({file}, line {node.lineno})"
-        found: list[Value] = []
+        results: list[Value] = []
         total = 0
         for callee in self.value(node.func):
             values, calls = self.search.calls.call(callee, Arguments(places, words), place)
-            found += values
+            results += values
             total = max(total, calls)
         self.note(node, total)
-        return _distinct(found)
+        return _distinct(results)
 
     def _first_parameter(self) -> list[Value]:
         names = [a.arg for a in (*self.tree.args.posonlyargs, *self.tree.args.args)]
@@ -244,18 +244,18 @@ class Frame:
 
     def _assignments(self) -> dict[str, list[Thunk]]:
         """For every local name what it is made of."""
-        found: dict[str, list[Thunk]] = {}
+        assigned: dict[str, list[Thunk]] = {}
         for statement in self._statements(self.body) if self.body else ():
             if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
                 closure = Closure(statement, self)
-                found.setdefault(statement.name, []).append(self._decorated(statement, closure))
+                assigned.setdefault(statement.name, []).append(self._decorated(statement, closure))
             elif isinstance(statement, ast.ClassDef):
-                found.setdefault(statement.name, []).append(lambda: [PLAIN])
+                assigned.setdefault(statement.name, []).append(lambda: [PLAIN])
         for node in self._own():
             for target, thunk in self._bindings(node):
                 for name, part in _names(target, thunk, self.items):
-                    found.setdefault(name, []).append(part)
-        return found
+                    assigned.setdefault(name, []).append(part)
+        return assigned
 
     def _decorated(
         self, statement: ast.FunctionDef | ast.AsyncFunctionDef, closure: Closure
@@ -263,14 +263,14 @@ class Frame:
         def thunk() -> list[Value]:
             values: list[Value] = [closure]
             for decorator in reversed(statement.decorator_list):
-                found: list[Value] = []
+                results: list[Value] = []
                 for callee in self.value(decorator):
                     made, calls = self.search.calls.call(
                         callee, Arguments([values]), statement.name
                     )
                     self.note(decorator, calls)
-                    found += made
-                values = _distinct([*values, *found])
+                    results += made
+                values = _distinct([*values, *results])
             return values
 
         return thunk

@@ -84,8 +84,8 @@ class StateBody:
             if isinstance(owner, types.ModuleType):
                 return getattr(owner, node.attr, None)
             if isinstance(owner, type):
-                found = inspect.getattr_static(owner, node.attr, None)
-                return getattr(found, "__func__", found)
+                member = inspect.getattr_static(owner, node.attr, None)
+                return getattr(member, "__func__", member)
             if isinstance(owner, logging.Logger):
                 return print
         return None

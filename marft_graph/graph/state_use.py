@@ -91,8 +91,8 @@ def _use(bound: Any) -> StateUse:
         known = frozenset().union(*(r or () for r in reads)) if None not in reads else None
         return StateUse(known, frozenset().union(*(use.must_read for use in uses)))
     if type(bound) in (ChatPromptTemplate, PromptTemplate):
-        asked = frozenset(bound.input_variables)
-        return StateUse(asked | frozenset(bound.optional_variables), asked)
+        needed = frozenset(bound.input_variables)
+        return StateUse(needed | frozenset(bound.optional_variables), needed)
     places = list(_places(bound))
     uses = [_read(*place) for place in places]
     return functools.reduce(StateUse.__or__, uses) if uses else StateUse()

@@ -30,16 +30,16 @@ def find(code: types.CodeType) -> Function | None:
     if module is None:
         return None
     is_lambda = code.co_name == "<lambda>"
-    found: list[Function] = []
+    candidates: list[Function] = []
     for node in _functions_of(module):
         if isinstance(node, ast.Lambda):
             if is_lambda and _encloses(node, code):
-                found.append(node)
+                candidates.append(node)
         elif not is_lambda:
             line = min(n.lineno for n in (node, *node.decorator_list))
             if node.name == code.co_name and line == code.co_firstlineno:
-                found.append(node)
-    return found[0] if len(found) == 1 else None
+                candidates.append(node)
+    return candidates[0] if len(candidates) == 1 else None
 
 
 @functools.lru_cache(maxsize=64)

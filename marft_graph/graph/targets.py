@@ -65,14 +65,14 @@ class Targets:
         """Nodes that are named anywhere as a target: by a returned value, `Send` or `Command`."""
         calls = [node for node in ast.walk(self._tree) if isinstance(node, ast.Call)]
         made = [node for node in calls if called(node) in ("Send", "Command")]
-        found = [self.of(value) for value in (*returned, *made)]
-        return _NOTHING.union(*(targets for targets in found if targets is not None))
+        targets = [self.of(value) for value in (*returned, *made)]
+        return _NOTHING.union(*(names for names in targets if names is not None))
 
     def sent(self) -> Names:
         """Nodes that are named in a `Send`."""
         made = [node for node in ast.walk(self._tree) if isinstance(node, ast.Call)]
-        found = [self.of(call) for call in made if called(call) == "Send"]
-        return _NOTHING.union(*(targets for targets in found if targets is not None))
+        targets = [self.of(call) for call in made if called(call) == "Send"]
+        return _NOTHING.union(*(names for names in targets if names is not None))
 
     def is_one(self, value: ast.expr | None) -> bool:
         """Whether a value leads to one node at most."""
@@ -193,23 +193,23 @@ def plain_locals(tree: Function, *, unchanged: bool = True) -> dict[str, list[as
         tree: the function.
         unchanged: leave out lists and objects that something may change after they are made.
     """
-    given: dict[str, list[ast.expr]] = {}
+    assigned: dict[str, list[ast.expr]] = {}
     stores: dict[str, int] = {}
     for node in own_nodes(_body(tree)):
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             for name in _assigned_names(node):
-                given.setdefault(name, []).append(node.value)
+                assigned.setdefault(name, []).append(node.value)
         for name in _stored(node):
             stores[name] = stores.get(name, 0) + 1
     changed = _changed_elsewhere(tree)
-    mutable = {name for name in given if unchanged and any(map(_is_mutable, given[name]))}
+    mutable = {name for name in assigned if unchanged and any(map(_is_mutable, assigned[name]))}
     return {
         name: values
-        for name, values in given.items()
+        for name, values in assigned.items()
         if stores[name] == len(values)
         and name not in changed
         and not (name in mutable and not _is_only_read(tree, name))
-        and not any(_uses(value, given) for value in values)
+        and not any(_uses(value, assigned) for value in values)
     }
 
 
@@ -283,22 +283,22 @@ def _changed_elsewhere(tree: Function) -> set[str]:
     """Names that are parameters, or that a function inside this one may set."""
     arguments = tree.args
     parameters = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
-    found = {argument.arg for argument in parameters}
+    changed = {argument.arg for argument in parameters}
     for node in ast.walk(tree):
         if isinstance(node, ast.Nonlocal | ast.Global):
-            found.update(node.names)
-    return found
+            changed.update(node.names)
+    return changed
 
 
 def _is_only_read(tree: Function, name: str, but: Sequence[str] = ()) -> bool:
     """Whether nothing can change the list behind a name, but methods that are named."""
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    own = set(own_nodes(_body(tree)))
+    own_statements = set(own_nodes(_body(tree)))
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)):
             continue
         around = parents[node]
-        if node not in own:
+        if node not in own_statements:
             return False  # in a function that is defined inside
         if isinstance(around, ast.Attribute):
             is_call = isinstance(parents[around], ast.Call)

@@ -129,11 +129,15 @@ class _Plain:
 
 
 def _episode_gae(
-    episode: Episode, own: Sequence[tuple[_Plain, slice]], settings: TrainConfig
+    episode: Episode, numbers_of_calls: Sequence[tuple[_Plain, slice]], settings: TrainConfig
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Advantages and value targets of the tokens of an episode's calls."""
-    values = [numbers.values[span] for numbers, span in own]
-    penalties = [numbers.penalties[span] for numbers, span in own if numbers.penalties is not None]
+    values = [numbers.values[span] for numbers, span in numbers_of_calls]
+    penalties = [
+        numbers.penalties[span]
+        for numbers, span in numbers_of_calls
+        if numbers.penalties is not None
+    ]
     parents = [call.parents for call in episode.calls]
     rewards = [call.reward for call in episode.calls]
     if settings.level == "action":

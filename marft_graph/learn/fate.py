@@ -159,14 +159,14 @@ def _in_the_update(call: Call, place: Place, facts: UpdateFacts) -> Fate:
     return Fate.TRUNCATED if call.finish_reason == "length" else Fate.TRAINED
 
 
-def count_fates(found: Iterator[tuple[str, Fate]]) -> dict[str, dict[str, int]]:
+def count_fates(fates_by_node: Iterator[tuple[str, Fate]]) -> dict[str, dict[str, int]]:
     """How many calls of each node came to each fate, for the metrics.
 
     >>> count_fates(iter([("actor", Fate.TRAINED), ("actor", Fate.GREEDY)]))
     {'actor': {'greedy': 1, 'trained': 1}}
     """
     counts: dict[str, Counter[Fate]] = {}
-    for node, fate in found:
+    for node, fate in fates_by_node:
         counts.setdefault(node, Counter())[fate] += 1
     return {
         node: {fate.value: own[fate] for fate in Fate if own[fate]} for node, own in counts.items()

@@ -89,25 +89,25 @@ def what_is_asked(
         ConfigError: the app asks for the log-probs of tokens that were not written.
     """
     extra = getattr(model, "model_kwargs", None)
-    given = {**(extra if isinstance(extra, Mapping) else {}), **kwargs}
-    tools = _tools(given.get("tools", ()), node)
+    arguments = {**(extra if isinstance(extra, Mapping) else {}), **kwargs}
+    tools = _tools(arguments.get("tools", ()), node)
     names = tuple(tool["function"]["name"] for tool in tools)
-    choice, forced = _tool_choice(given, names)
+    choice, forced = _tool_choice(arguments, names)
     declared = _declared.get()
     method = _mapping(declared.get("kwargs")).get("method")
     if method == "function_calling" and not forced and choice != "none":
         # Ollama's class cannot force a call, but parses the answer as if it had.
         forced = tuple(name for name in names if name == _name_of(declared.get("schema")))
-    is_single = given.get("parallel_tool_calls") is False or bool(
-        _mapping(given.get("tool_choice")).get("disable_parallel_tool_use")
+    is_single = arguments.get("parallel_tool_calls") is False or bool(
+        _mapping(arguments.get("tool_choice")).get("disable_parallel_tool_use")
     )
     asked = Asked(
         forced_tools=forced,
         is_one_call=is_single,
-        wants_logprobs=_wants_logprobs(model, given, node),
+        wants_logprobs=_wants_logprobs(model, arguments, node),
         provider=provider_of(model),
     )
-    structure = _structure(model, given)
+    structure = _structure(model, arguments)
     if method == "json_mode" and _mapping(structure).get("type") == "json_object":
         structure = {**structure, **_schema_entry(declared.get("schema"))}
     return tools, choice, structure, asked
@@ -141,7 +141,7 @@ def provider_of(model: BaseChatModel) -> str:
 
 def _tools(tools: Sequence[Any], node: str) -> tuple[dict[str, Any], ...]:
     """The tools in OpenAI form, without those that only the provider can run."""
-    found = []
+    forms = []
     for tool in tools:
         if isinstance(tool, Mapping) and not any(name in tool for name in _OWN_FORMS):
             kind = str(tool.get("type") or next(iter(tool), "?"))
@@ -151,10 +151,10 @@ def _tools(tools: Sequence[Any], node: str) -> tuple[dict[str, Any], ...]:
         declared = _mapping(tool)
         several = declared.get("function_declarations", declared.get("functionDeclarations"))
         if several is None:
-            found.append(convert_to_openai_tool(tool))
+            forms.append(convert_to_openai_tool(tool))
         else:
-            found += [convert_to_openai_tool(_google_function(one)) for one in several]
-    return tuple(found)
+            forms += [convert_to_openai_tool(_google_function(one)) for one in several]
+    return tuple(forms)
 
 
 def _google_function(declaration: Any) -> dict[str, Any]:

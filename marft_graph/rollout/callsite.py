@@ -95,11 +95,11 @@ def _waits_for(task: asyncio.Task[Any], other: asyncio.Task[Any] | None) -> bool
 
 def _coroutine_frames(coroutine: Any) -> list[FrameType]:
     """Frames of a suspended coroutine and of those that it awaits, outermost first."""
-    found = []
+    frames = []
     while inspect.iscoroutine(coroutine) and coroutine.cr_frame is not None:
-        found.append(coroutine.cr_frame)
+        frames.append(coroutine.cr_frame)
         coroutine = coroutine.cr_await
-    return found
+    return frames
 
 
 def function_of(runnable: Any) -> str:

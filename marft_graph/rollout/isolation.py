@@ -204,9 +204,9 @@ def _active(config: Any = None) -> Isolation | None:
     """The isolation of the episode that the calling code belongs to."""
     for known in (config, var_child_runnable_config.get()):
         metadata = known.get("metadata") if isinstance(known, Mapping) else None
-        found = _isolations.get((metadata or {}).get(RUN_KEY, ""))
-        if found is not None:
-            return found
+        isolation = _isolations.get((metadata or {}).get(RUN_KEY, ""))
+        if isolation is not None:
+            return isolation
     return _current.get()
 
 

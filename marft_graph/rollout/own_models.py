@@ -30,12 +30,12 @@ def pass_on(model: str, metadata: Mapping[str, Any] | None) -> None:
         UndecidedCallError: a run refuses it, or an episode runs and the call belongs to no run.
         EpisodeTimeoutError: the run has ended.
     """
-    found = scopes.places(metadata)
-    for place in found:
+    calling = scopes.places(metadata)
+    for place in calling:
         refuse_late(place)
         if place.run.is_active:
             place.run.responder.passed(site_of(place, model))
-    if found or scopes.is_outside():
+    if calling or scopes.is_outside():
         return
     run = scopes.current_run()
     if run is not None:

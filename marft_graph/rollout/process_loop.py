@@ -153,8 +153,8 @@ class ProcessLoop:
         """End all tasks and the thread; what the app opened on the loop may be closed later."""
 
         async def end() -> None:
-            own = asyncio.current_task()
-            tasks = [task for task in asyncio.all_tasks() if task is not own]
+            this_task = asyncio.current_task()
+            tasks = [task for task in asyncio.all_tasks() if task is not this_task]
             for task in tasks:
                 task.cancel()
             if tasks:

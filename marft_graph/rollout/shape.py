@@ -48,8 +48,8 @@ class GraphShape:
                 *(branch_channels(graph, name, branch) for branch in branches.values())
             )
             for branch in branches.values():
-                found = inspect_node(branch.path)
-                if "Send" in found.mentions or found.is_opaque:
+                findings = inspect_node(branch.path)
+                if "Send" in findings.mentions or findings.is_opaque:
                     known = targets.get(name, _NOBODY)
                     ends = frozenset((branch.ends or {}).values())
                     targets[name] = None if known is None or not ends else known | ends

@@ -246,10 +246,10 @@ def _is_of(value: Any, kind: str) -> bool:
 
 def _target(reference: str, root: Mapping[str, Any]) -> Any:
     """What a `$ref` inside the schema names; nothing where it leads outside."""
-    found: Any = root
+    part_of_schema: Any = root
     for part in reference.lstrip("#/").split("/"):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    return found
+        part_of_schema = part_of_schema.get(part) if isinstance(part_of_schema, Mapping) else None
+    return part_of_schema
 
 
 def raise_as_own_model(call: InterceptedCall, message: AIMessage, *, is_cut_off: bool) -> None:

@@ -74,12 +74,12 @@ def idle_lines(rows: Sequence[Row], nodes: Sequence[str]) -> list[str]:
 
 def fates_of_run(rows: Sequence[Row]) -> dict[str, Counter[Fate]]:
     """How many calls of each node came to each fate, over all iterations."""
-    found: dict[str, Counter[Fate]] = {}
+    counted: dict[str, Counter[Fate]] = {}
     for row in rows:
         for node, counts in (row.get("fates") or {}).items():
-            own = found.setdefault(node, Counter())
-            own.update({Fate(name): count for name, count in counts.items()})
-    return found
+            of_node = counted.setdefault(node, Counter())
+            of_node.update({Fate(name): count for name, count in counts.items()})
+    return counted
 
 
 def fates_text(rows: Sequence[Row], nodes: Sequence[str]) -> str:
@@ -89,13 +89,13 @@ def fates_text(rows: Sequence[Row], nodes: Sequence[str]) -> str:
         rows: of `metrics.jsonl`.
         nodes: those that are trained.
     """
-    found = fates_of_run(rows)
-    if not found:
+    counted = fates_of_run(rows)
+    if not counted:
         return ""
     lines = ["Why is a node (not) learning? What became of its calls:"]
-    for node in _in_order(found, nodes):
-        lines.append(f"  {node}: {_learnt(found.get(node, Counter()))}")
-        for fate, count, share in _shares(found.get(node, Counter())):
+    for node in _in_order(counted, nodes):
+        lines.append(f"  {node}: {_learnt(counted.get(node, Counter()))}")
+        for fate, count, share in _shares(counted.get(node, Counter())):
             lines.append(f"    {count:>7} {share:>4.0%}  {fate.value}: {fate.words}")
     lines += [f"  {line}" for line in idle_lines(rows, nodes)]
     return "\n".join(lines)
@@ -103,19 +103,19 @@ def fates_text(rows: Sequence[Row], nodes: Sequence[str]) -> str:
 
 def fates_section(rows: Sequence[Row], nodes: Sequence[str]) -> str:
     """The same as HTML, with what to do; empty where no row tells fates."""
-    found = fates_of_run(rows)
-    if not found:
+    counted = fates_of_run(rows)
+    if not counted:
         return ""
     lines = []
-    for node in _in_order(found, nodes):
-        own = found.get(node, Counter())
+    for node in _in_order(counted, nodes):
+        of_node = counted.get(node, Counter())
         shares = "<br>".join(
             f"{count} ({share:.0%}) {readable_text(fate.value)}: {readable_text(fate.words)}"
-            for fate, count, share in _shares(own)
+            for fate, count, share in _shares(of_node)
         )
         lines.append(
-            f"<tr><td>{readable_text(node)}</td><td>{readable_text(_learnt(own))}</td>"
-            f"<td>{shares}</td><td>{readable_text(_remedy(own))}</td></tr>"
+            f"<tr><td>{readable_text(node)}</td><td>{readable_text(_learnt(of_node))}</td>"
+            f"<td>{shares}</td><td>{readable_text(_remedy(of_node))}</td></tr>"
         )
     idle = "".join(f"<p><b>{readable_text(line)}.</b></p>" for line in _ended(rows, nodes))
     return (
@@ -128,29 +128,31 @@ def fates_section(rows: Sequence[Row], nodes: Sequence[str]) -> str:
 
 def fates_dict(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
     """The same as plain values, for JSON."""
-    found = fates_of_run(rows)
-    return {node: {fate.value: n for fate, n in own.items()} for node, own in found.items()}
+    counted = fates_of_run(rows)
+    return {
+        node: {fate.value: n for fate, n in of_node.items()} for node, of_node in counted.items()
+    }
 
 
-def _in_order(found: Mapping[str, Counter[Fate]], nodes: Sequence[str]) -> list[str]:
-    return [*nodes, *sorted(found.keys() - set(nodes))]
+def _in_order(counted: Mapping[str, Counter[Fate]], nodes: Sequence[str]) -> list[str]:
+    return [*nodes, *sorted(counted.keys() - set(nodes))]
 
 
-def _shares(own: Counter[Fate]) -> list[tuple[Fate, int, float]]:
-    return [(fate, count, count / own.total()) for fate, count in own.most_common()]
+def _shares(of_node: Counter[Fate]) -> list[tuple[Fate, int, float]]:
+    return [(fate, count, count / of_node.total()) for fate, count in of_node.most_common()]
 
 
-def _learnt(own: Counter[Fate]) -> str:
-    learnt = sum(count for fate, count in own.items() if fate.is_learnt)
-    if not own:
+def _learnt(of_node: Counter[Fate]) -> str:
+    learnt = sum(count for fate, count in of_node.items() if fate.is_learnt)
+    if not of_node:
         return "it was never called"
-    return f"{learnt} of {own.total()} calls were learnt from"
+    return f"{learnt} of {of_node.total()} calls were learnt from"
 
 
-def _remedy(own: Counter[Fate]) -> str:
+def _remedy(of_node: Counter[Fate]) -> str:
     """What to do about the fate that most calls came to that were not learnt from."""
-    for fate, _ in own.most_common():
-        if not fate.is_learnt or (fate.remedy and own[fate] * 10 > own.total()):
+    for fate, _ in of_node.most_common():
+        if not fate.is_learnt or (fate.remedy and of_node[fate] * 10 > of_node.total()):
             return fate.remedy
     return ""
 

@@ -50,8 +50,8 @@ class App:
         graph = reward = None
         parts: dict[str, Any] = {}
         if self.target is not None:
-            found = load_target(self.target)
-            graph, reward, parts = found.graph, found.reward, found.parts()
+            loaded = load_target(self.target)
+            graph, reward, parts = loaded.graph, loaded.reward, loaded.parts()
         graph = self._unpickled("graph") if graph is None else graph
         reward = self._unpickled("reward") if reward is None else reward
         for spec in dataclasses.fields(AppInputs):
@@ -80,20 +80,20 @@ class App:
             ) from error
 
 
-def pack_app(graph: Any, reward: RewardFunction, given: AppInputs, target: str | None) -> App:
+def pack_app(graph: Any, reward: RewardFunction, app_inputs: AppInputs, target: str | None) -> App:
     """The user's code, ready to travel.
 
     Args:
         graph: a compiled app.
         reward: one reward function.
-        given: how the app is called.
+        app_inputs: how the app is called.
         target: where workers load all of it from, as the command line takes it; None: it is
             pickled.
 
     Raises:
         WorkflowError: something cannot be pickled, and there is no `target`.
     """
-    values = {spec.name: getattr(given, spec.name) for spec in dataclasses.fields(given)}
+    values = {spec.name: getattr(app_inputs, spec.name) for spec in dataclasses.fields(app_inputs)}
     needed = {"reward": reward, **{name: v for name, v in values.items() if v is not None}}
     if target is None:
         needed = {"graph": graph, **needed}
