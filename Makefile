@@ -17,9 +17,9 @@ LEARNING_ARGS ?=
 # Extra options of the speed benchmarks, for example: make benchmark-rollout BENCHMARK_ARGS="--rounds 9"
 BENCHMARK_ARGS ?=
 
-.PHONY: help setup demo test test-versions test-oldest test-newest faults vllm-cpu browser-test benchmark-learning benchmark-rollout \
-	benchmark-update benchmark-iteration benchmark-overhead benchmark-memory benchmark-scaling \
-	benchmark-simulation docs check format clean
+.PHONY: help setup demo test test-versions test-oldest test-newest faults vllm-cpu browser-test \
+	benchmark-learning benchmark-rollout benchmark-update benchmark-iteration benchmark-overhead \
+	benchmark-memory benchmark-scaling benchmark-simulation docs check format clean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 21
@@ -70,19 +70,27 @@ demo: $(INSTALLED)  ## train workflows/math_duo into RUN_DIR (default runs/demo)
 
 # Two processes share the default tests; tiers that are asked for by a mark may measure, or have a server.
 test: $(INSTALLED)  ## run the tests (CPU, offline)
-	@$(BIN)/python -m pytest $(if $(findstring -m ,$(PYTEST_ARGS)),,-n 2 --dist worksteal) $(PYTEST_ARGS)
+	@$(BIN)/python $(RUN_TESTS)
 
 # Environments of their own: the oldest versions that pyproject.toml admits, the newest that the
-# index has, and the pinned ones on other Pythons, as far as they are on the machine.
-OTHER_PYTHONS ?= python3.12 python3.13
-TEST_VERSIONS := oldest newest $(OTHER_PYTHONS)
+# index has, and the pinned ones on the other Pythons that are on the machine (pyenv's are found).
+OTHER_PYTHONS := 3.12 3.13
+RUN_TESTS = -m pytest $(if $(findstring -m ,$(PYTEST_ARGS)),,-n 2 --dist worksteal) $(PYTEST_ARGS)
 
-test-versions: $(TEST_VERSIONS:%=test-%)  ## run the tests with the oldest and newest versions, and on other Pythons
-	@echo "Passed with: $(TEST_VERSIONS)"
+test-versions: test-oldest test-newest $(OTHER_PYTHONS:%=test-python%)  ## run the tests with the oldest and newest versions, and on other Pythons
 
-test-oldest test-newest $(OTHER_PYTHONS:%=test-%): test-%: .venv-%/.installed
-	@echo "Tests with .venv-$*, $$(.venv-$*/bin/python --version):"
-	@.venv-$*/bin/python -m pytest $(if $(findstring -m ,$(PYTEST_ARGS)),,-n 2 --dist worksteal) $(PYTEST_ARGS)
+test-oldest test-newest: test-%: .venv-%/.installed
+	@echo "Tests in .venv-$*, with $$(.venv-$*/bin/python --version):"
+	@.venv-$*/bin/python $(RUN_TESTS)
+
+test-python%:
+	@for python in python$* $$HOME/.pyenv/versions/$*.*/bin/python; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version.startswith("$*.") is False)' 2>/dev/null; then \
+	    $(MAKE) --no-print-directory .venv-python$*/.installed OTHER_PYTHON="$$python" || exit 1; \
+	    echo "Tests in .venv-python$*, with $$(.venv-python$*/bin/python --version):"; \
+	    exec .venv-python$*/bin/python $(RUN_TESTS); \
+	  fi; \
+	done; echo "Python $* is not on this machine: not tried"
 
 .venv-oldest/.installed: pyproject.toml tests/versions.py $(INSTALLED)
 	@echo "Installing the oldest versions into .venv-oldest ..."
@@ -98,11 +106,11 @@ test-oldest test-newest $(OTHER_PYTHONS:%=test-%): test-%: .venv-%/.installed
 	@.venv-newest/bin/python -m pip install -q -U --upgrade-strategy eager -e ".[dev]"
 	@touch $@
 
-$(OTHER_PYTHONS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml constraints.txt
-	@echo "Installing constraints.txt into .venv-$* ..."
-	@test -x .venv-$*/bin/python || $* -m venv .venv-$*
-	@$(call install_torch,.venv-$*/bin,torch==$(TORCH),-c constraints.txt)
-	@.venv-$*/bin/python -m pip install -q -e ".[dev]" -c constraints.txt
+.venv-python%/.installed: pyproject.toml constraints.txt
+	@echo "Installing constraints.txt into .venv-python$* ..."
+	@test -x .venv-python$*/bin/python || "$(OTHER_PYTHON)" -m venv .venv-python$*
+	@$(call install_torch,.venv-python$*/bin,torch==$(TORCH),-c constraints.txt)
+	@.venv-python$*/bin/python -m pip install -q -e ".[dev]" -c constraints.txt
 	@touch $@
 
 # vLLM wants an older transformers than marft-graph, hence an environment of its own. Its CPU build

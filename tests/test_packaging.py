@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import marft_graph
+from tests.versions import oldest
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "peft", "datasets", "langgraph", "matplotlib", "networkx")
@@ -157,3 +159,38 @@ def test_make_demo_passes_a_named_folder_on(checkout):
 def test_make_without_a_target_explains_the_targets(checkout):
     shown = make(checkout)
     assert all(target in shown for target in ("setup", "demo", "test", "check", "format"))
+
+
+def test_the_oldest_versions_are_the_lower_bounds_of_what_the_package_and_its_tests_need():
+    pins = dict(pin.split("==") for pin in oldest())
+    needed = importlib.metadata.requires("marft-graph") or []
+    named = {re.match(r"[\w-]+", line)[0] for line in needed if "extra" not in line}
+    assert named <= pins.keys()
+    assert {"langchain", "langchain-openai", "pytest", "trl"} <= pins.keys()
+    assert pins["langgraph"].startswith("1.2.")
+    assert "marft-graph" not in pins
+
+
+def test_an_index_that_does_not_answer_is_not_waited_for(tmp_path):
+    """Set-up asks the index of CPU builds only where it answers; pip alone waits for minutes."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "constraints.txt").write_text("torch==1\n")
+    (tmp_path / "constraints-vllm.txt").write_text("torch==1\n")
+    (tmp_path / "pyproject.toml").touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    # pip finds no CPU build; the probe of the index fails; everything else succeeds and is told.
+    python.write_text(
+        '#!/bin/sh\necho "$@" >> told\ncase "$*" in *+cpu*) exit 1;; -c*) exit 1;; esac\n'
+    )
+    python.chmod(0o755)
+    make(tmp_path, "setup")
+    told = (tmp_path / "told").read_text()
+    installs = [line for line in told.splitlines() if "torch==1" in line and "+cpu" not in line]
+    assert installs
+    assert not any("download.pytorch.org" in line for line in installs)
+    assert "timeout=5" in told
+
+
+def test_another_python_that_is_not_there_is_said_not_to_be_tried(checkout):
+    assert "Python 9.9 is not on this machine: not tried" in make(checkout, "test-python9.9")
