@@ -181,7 +181,7 @@ class EpisodeRecorder(Responder):
                 (SetAside.OWN_MODEL, self.passed_on),
                 (SetAside.UNDECIDED, self.undecided),
             )
-            return tuple((node, reason) for reason, own in why for node in own.elements())
+            return tuple((node, reason) for reason, calls in why for node in calls.elements())
 
     def seconds_left(self) -> float:
         """Seconds until the episode's deadline."""
@@ -217,15 +217,8 @@ class EpisodeRecorder(Responder):
             max_new_tokens=self._settings.max_new_tokens,
             schema_in_prompt=self._settings.schema_in_prompt,
         )
-        prompt_ids = prompt[1]
-        lineage = self._watch.lineage(call.namespace)
-        attempts = self._watch.attempts(call.namespace)
-        with self._lock:
-            begun = next(self._clock)
-            repeats = (lineage, prompt_ids)
-            repeat = self._repeats[repeats]
-            self._repeats[repeats] += 1
-        seed = stable_seed(self._seed, call.node, lineage, repeat, _digest(prompt_ids))
+        began = self._begin(call)
+        seed = self._seed_of(call, began.lineage, prompt[1])
         try:
             if self._is_over:
                 raise EpisodeTimeoutError(f"node {call.node!r} called after its episode had ended")
@@ -234,7 +227,7 @@ class EpisodeRecorder(Responder):
                 codec,
                 prompt=prompt,
                 seed=seed,
-                order=(*self._order, call.node, call.step, str(lineage), seed),
+                order=(*self._order, call.node, call.step, str(began.lineage), seed),
                 temperature=self._settings.temperature,
                 max_new_tokens=self._settings.max_new_tokens,
                 constrain_output=self._settings.constrain_output,
@@ -250,16 +243,10 @@ class EpisodeRecorder(Responder):
         future.add_done_callback(self._settled)
         if is_over:  # it ended meanwhile: nobody else would cancel this one
             future.cancel()
-        began = _Began(lineage, attempts, begun, time.monotonic())
+        began = began._replace(time=time.monotonic())
 
         def finish(completion: Completion) -> AIMessage:
-            if not completion.ids:
-                error = EngineError(
-                    f"the engine answered node {call.node!r} with no token at all, not even one "
-                    "that ends the answer; there is nothing to learn from"
-                )
-                self._note(error)
-                raise error
+            self._check_answer(call, completion)
             message = message_for(call, codec, request, completion)
             self._keep(call, request, completion, message, began)
             raise_as_own_model(call, message, is_cut_off=completion.finish_reason == "length")
@@ -267,13 +254,35 @@ class EpisodeRecorder(Responder):
 
         return Pending(future, finish)
 
-    def _watched(self, call: InterceptedCall) -> Delegate:
-        """Keep what the app's own model answers; attempts that raise are no calls."""
+    def _begin(self, call: InterceptedCall) -> _Began:
+        """Where a call stands, from now on."""
         lineage = self._watch.lineage(call.namespace)
         attempts = self._watch.attempts(call.namespace)
         with self._lock:
-            begun = next(self._clock)
-        began = _Began(lineage, attempts, begun, time.monotonic())
+            return _Began(lineage, attempts, next(self._clock), time.monotonic())
+
+    def _seed_of(
+        self, call: InterceptedCall, lineage: tuple[Any, ...], prompt_ids: tuple[int, ...]
+    ) -> int:
+        """The seed of a call; equal prompts of one task get seeds of their own, in turn."""
+        with self._lock:
+            repeat = self._repeats[lineage, prompt_ids]
+            self._repeats[lineage, prompt_ids] += 1
+        return stable_seed(self._seed, call.node, lineage, repeat, _digest(prompt_ids))
+
+    def _check_answer(self, call: InterceptedCall, completion: Completion) -> None:
+        """Refuse an answer that says nothing and does not end either."""
+        if not completion.ids:
+            error = EngineError(
+                f"the engine answered node {call.node!r} with no token at all, not even one "
+                "that ends the answer; there is nothing to learn from"
+            )
+            self._note(error)
+            raise error
+
+    def _watched(self, call: InterceptedCall) -> Delegate:
+        """Keep what the app's own model answers; attempts that raise are no calls."""
+        began = self._begin(call)
 
         def answered(message: AIMessage) -> None:
             reasons = {message.response_metadata.get(name) for name in REASON_KEYS}
@@ -281,7 +290,7 @@ class EpisodeRecorder(Responder):
             sampling = SamplingSettings(
                 temperature=1.0 if call.temperature is None else call.temperature
             )
-            seed = stable_seed(call.node, lineage, [m.text for m in call.messages])
+            seed = stable_seed(call.node, began.lineage, [m.text for m in call.messages])
             messages = told(call) if self._settings.schema_in_prompt else call.messages
             request = GenerationRequest(call.agent, (), sampling, seed=seed, messages=messages)
             self._keep(call, request, completion, message, began)

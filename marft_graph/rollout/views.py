@@ -12,6 +12,7 @@ episodes.
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import dataclasses
 import sys
@@ -233,7 +234,6 @@ def _view_class(base: type, fields: frozenset[str]) -> type:
     """A subclass whose instances note which fields are read, and say that they are of `base`."""
     read = cast("Callable[[Any, str], Any]", base.__getattribute__)
     write = cast("Callable[[Any, str, Any], None]", base.__setattr__)
-    new = cast("Callable[[type], Any]", base.__new__)
 
     def note(self: Any, names: Iterable[str], *, is_copied: bool = False) -> None:
         known = _typed.get(id(self))
@@ -263,41 +263,45 @@ def _view_class(base: type, fields: frozenset[str]) -> type:
             known.is_changing = False
         known.changed.add(name)
 
-    def reduce(self: Any, protocol: Any) -> Any:
-        note(self, fields, is_copied=True)
-        plain = copy.copy(self)
-        object.__setattr__(plain, "__class__", base)
-        return plain.__reduce_ex__(protocol)
-
-    def deep_copy(self: Any, memo: dict[int, Any]) -> Any:
-        note(self, fields, is_copied=True)
-        plain = new(base)
-        for name, value in _slots(self, base):
-            object.__setattr__(plain, name, copy.deepcopy(value, memo))
-        return plain
-
-    def shallow_copy(self: Any) -> Any:
-        note(self, fields, is_copied=True)
-        plain = new(base)
-        for name, value in _slots(self, base):
-            object.__setattr__(plain, name, copy.copy(value) if name == "__dict__" else value)
-        return plain
-
-    body = {
+    body = _copying(base, lambda view: note(view, fields, is_copied=True)) | {
         "__slots__": (),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__getattribute__": get_attribute,
         "__setattr__": set_attribute,
-        "__reduce_ex__": reduce,
-        "__deepcopy__": deep_copy,
-        "__copy__": shallow_copy,
     }
     meta: Any = type(base)
     # Made without the class's own machinery, which would build a schema and register a subclass.
     maker: Any = abc.ABCMeta if issubclass(meta, abc.ABCMeta) else type
     return cast("type", maker.__new__(meta, base.__name__, (base,), body))
+
+
+def _copying(base: type, note_all: Callable[[Any], None]) -> dict[str, Any]:
+    """Methods of a view by which it is copied and pickled: what comes out is plain."""
+    new = cast("Callable[[type], Any]", base.__new__)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        note_all(self)
+        plain = copy.copy(self)
+        object.__setattr__(plain, "__class__", base)
+        return plain.__reduce_ex__(protocol)
+
+    def deep_copy(self: Any, memo: dict[int, Any]) -> Any:
+        note_all(self)
+        plain = new(base)
+        for name, value in _slots(self, base):
+            object.__setattr__(plain, name, copy.deepcopy(value, memo))
+        return plain
+
+    def shallow_copy(self: Any) -> Any:
+        note_all(self)
+        plain = new(base)
+        for name, value in _slots(self, base):
+            object.__setattr__(plain, name, copy.copy(value) if name == "__dict__" else value)
+        return plain
+
+    return {"__reduce_ex__": reduce, "__deepcopy__": deep_copy, "__copy__": shallow_copy}
 
 
 def _slots(value: Any, base: type) -> list[tuple[str, Any]]:
@@ -307,10 +311,8 @@ def _slots(value: Any, base: type) -> list[tuple[str, Any]]:
         slots = kind.__dict__.get("__slots__", ())
         names.update((slots,) if isinstance(slots, str) else slots)
     names.discard("__weakref__")
-    found = []
+    held = []
     for name in sorted(names):
-        try:
-            found.append((name, object.__getattribute__(value, name)))
-        except AttributeError:  # never filled
-            continue
-    return found
+        with contextlib.suppress(AttributeError):  # never filled
+            held.append((name, object.__getattribute__(value, name)))
+    return held
