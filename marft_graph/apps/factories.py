@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, ExitStack
 from typing import Any
 
+from langchain_core.runnables.config import ensure_config
 from langgraph.graph import StateGraph
 from langgraph.pregel import Pregel
 from langgraph.store.memory import InMemoryStore
@@ -81,7 +82,7 @@ def _arguments(factory: Callable[..., Any]) -> dict[str, Any]:
         raise WorkflowError(
             f"needs the arguments {others}; a factory may take a config and a ServerRuntime"
         )
-    return arguments | {name: {"configurable": {}} for name in others}
+    return arguments | {name: ensure_config({"configurable": {}}) for name in others}
 
 
 def _hints(factory: Callable[..., Any]) -> Mapping[str, Any]:

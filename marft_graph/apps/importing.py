@@ -1,15 +1,19 @@
 """Importing a user's Python file: its own packages found, nothing of theirs shadowed.
 
 A file inside a package is imported by its dotted name, so that relative imports work and the
-package is one module however it is reached. The folder of a single file is not put on `sys.path`
-where it would hide a package of the app. It knows nothing of graphs.
+package is one module however it is reached. A package that has the name of a library in this
+environment (an app's own folder `openai`) is imported under another name instead, unless it imports
+itself by that name: everybody's `import openai` goes on meaning the library. The folder of a single
+file is not put on `sys.path` where it would hide a package of the app. It knows nothing of graphs.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +21,10 @@ from types import ModuleType
 
 from marft_graph.errors import WorkflowError
 
+_LIBRARIES = tuple(
+    Path(sysconfig.get_paths()[name]).resolve()
+    for name in ("purelib", "platlib", "stdlib", "platstdlib")
+)
 _PROJECT_FILES = ("langgraph.json", "pyproject.toml", "setup.py", "requirements.txt", ".git")
 
 
@@ -113,6 +121,8 @@ def _dotted_name(path: Path) -> str | None:
     dotted = ".".join(path.relative_to(root).with_suffix("").parts)
     if not all(part.isidentifier() for part in dotted.split(".")):
         return None
+    if _is_library(top) and not _imports_itself(package):
+        return _under_another_name(package, dotted)
     imported = sys.modules.get(top)
     if imported is None:
         if str(root) not in sys.path:
@@ -129,6 +139,66 @@ def _dotted_name(path: Path) -> str | None:
             f"already, from {place}. Load the two apps in processes of their own, or rename one"
         )
     return dotted
+
+
+def _is_library(name: str) -> bool:
+    """Whether a library of this environment has the name, and no other package comes before it."""
+    imported = sys.modules.get(name)
+    spec = getattr(imported, "__spec__", None) if imported else importlib.util.find_spec(name)
+    if spec is None:
+        return False
+    if spec.origin in ("built-in", "frozen"):
+        return True
+    places = [*(spec.submodule_search_locations or ()), *filter(None, [spec.origin])]
+    return any(
+        Path(place).resolve().is_relative_to(root) for place in places for root in _LIBRARIES
+    )
+
+
+def _imports_itself(package: Path) -> bool:
+    """Whether a file of the package imports a module of it by the package's name."""
+    for file in package.rglob("*.py"):
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (OSError, SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                top, *inner = name.split(".")
+                if top == package.name and inner and _has_module(package, inner[0]):
+                    return True
+    return False
+
+
+def _has_module(package: Path, name: str) -> bool:
+    return (package / f"{name}.py").is_file() or (package / name / "__init__.py").is_file()
+
+
+def _under_another_name(package: Path, dotted: str) -> str:
+    """The dotted name of a file once its package, which has a library's name, has another one."""
+    top, _, rest = dotted.partition(".")
+    name = f"marft_app_{top}_{abs(hash(package))}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            name, package / "__init__.py", submodule_search_locations=[str(package)]
+        )
+        if spec is None or spec.loader is None:
+            raise WorkflowError(f"{package} is no Python package")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            sys.modules.pop(name, None)
+            raise
+    append_to_path(package.parent)
+    append_to_path(package / Path(*rest.split(".")[:-1]))
+    return f"{name}.{rest}"
 
 
 def _is_at(places: Sequence[str] | None, folder: Path) -> bool:

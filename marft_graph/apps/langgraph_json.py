@@ -121,7 +121,7 @@ def read_langgraph_json(path: Path) -> LangGraphJson:
         WorkflowError: it is no such file; the message says what it must hold.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         entries = {
             key: str(value if isinstance(value, str) else value["path"])
             for key, value in content["graphs"].items()
@@ -152,7 +152,7 @@ def _env(path: Path, value: Any) -> str | dict[str, str]:
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
-        return {str(key): str(each) for key, each in value.items()}
+        return {str(key): str(each) for key, each in value.items() if each is not None}
     raise WorkflowError(
         f"{path}: env must be the path of a .env file or variables with their values, not a "
         f"{type(value).__name__}"

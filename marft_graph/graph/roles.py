@@ -200,7 +200,8 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _function_parts(function: types.FunctionType) -> Iterator[Any]:
-    for wrapped in (getattr(function, "__wrapped__", None), *(function.__defaults__ or ())):
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    for wrapped in (getattr(function, "__wrapped__", None), *defaults):
         if wrapped is not None:
             yield wrapped
     for cell in function.__closure__ or ():

@@ -30,6 +30,7 @@ from marft_graph.rollout.structure import schema_of
 TEXT = "dry run"
 _MOST_EXAMPLES = 8
 _SECONDS = 10.0
+_MOST_CHARACTERS = 500
 
 
 def add_dry_run(
@@ -183,12 +184,19 @@ def _add_agent(graph: nx.MultiDiGraph[str], node: str) -> None:
 
 
 def _notes(flex_mg: FlexMG, episodes: Sequence[Episode]) -> list[str]:
-    failed = Counter(e.status.removeprefix("failed: ") for e in episodes if not e.ok)
+    failed = Counter(e.status for e in episodes if not e.ok)
+    first = {e.status: e for e in reversed(episodes) if not e.ok}
     notes = [
-        f"dry run: {count} of {len(episodes)} runs failed: {why}"
-        for why, count in failed.most_common()
+        f"dry run: {count} of {len(episodes)} runs failed: {_why(first[status])}"
+        for status, count in failed.most_common()
     ]
     if len(failed) and sum(failed.values()) == len(episodes):
         return notes
     silent = [a for a in flex_mg.agents if not flex_mg.graph.nodes[a].get("calls")]
     return notes + [f"dry run: {agent} made no call" for agent in silent]
+
+
+def _why(episode: Episode) -> str:
+    """Why a run failed, on one line: the error's own words, not its kind alone."""
+    words = " ".join(episode.error.split()) or episode.status.removeprefix("failed: ")
+    return words if len(words) <= _MOST_CHARACTERS else f"{words[:_MOST_CHARACTERS]}..."

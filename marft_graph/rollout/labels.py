@@ -8,16 +8,15 @@ in a graph without an input schema of its own:
 1. A key that the reward names and a node writes is withheld, which is said.
 2. Where a node reads such a key before any node can have written it, nothing is guessed: it is an
    error that asks for `inputs=`.
-3. Where a node's code does not show what it writes, the key is handed over, which is said as well.
+3. Where a node's code does not show what it writes, or the reward's does not show which keys of the
+   example it reads, the key is handed over, which is said as well.
 """
 
 from __future__ import annotations
 
-import dis
 import logging
 import re
-import types
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,10 +26,10 @@ from langgraph.pregel import Pregel
 
 from marft_graph.errors import DatasetError
 from marft_graph.graph.channels import collects, input_channels, output_channels, state_channels
-from marft_graph.graph.roles import codes, reachable
 from marft_graph.graph.source import read_source
 from marft_graph.graph.state_use import state_use
-from marft_graph.rollout.rewards import CombinedReward, RewardFunction
+from marft_graph.rollout.reward_keys import keys_read
+from marft_graph.rollout.rewards import RewardFunction
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +49,8 @@ class Labels:
     """By such a key, a node that reads it before any node has written it."""
     doubtful: frozenset[str] = frozenset()
     """A node's code does not say what it writes: they are handed over."""
+    unnamed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By a key that nodes write, these; the reward may read any key: it is handed over."""
 
     @property
     def withheld(self) -> frozenset[str]:
@@ -82,13 +83,16 @@ class Labels:
         )
 
     def told(self, keys: Collection[str] | None = None) -> list[str]:
-        """What a user is told of the keys that examples have, a line each; None: whatever they are.
+        """What a user is told of the keys that examples have, a line each.
+
+        Args:
+            keys: of the examples; None: not known, and what only may be read is left out.
 
         >>> Labels({"answer": ("solver",)}).told(["question"])
         []
         """
         known = self.withheld | self.doubtful
-        keys = known if keys is None else known & set(keys)
+        keys = known if keys is None else (known | self.unnamed.keys()) & set(keys)
         lines = [
             f"the examples' {key!r} is for the reward alone and not given to the graph: the reward "
             f"names it and {self._writers_of(key)}. If the app needs it, {_WAYS_OUT}"
@@ -100,10 +104,16 @@ class Labels:
                 "well; a node's code does not show whether it writes a channel of that name. If it "
                 f"is a label, agents can read it: {_WAYS_OUT}"
             )
+        lines += [
+            f"the reward's code does not show which keys of the examples it reads; the graph is "
+            f"given {key!r}, and {self._writers_of(key)}. If the reward compares with it, agents "
+            f"can read it: {_WAYS_OUT}"
+            for key in sorted(self.unnamed.keys() & keys)
+        ]
         return lines
 
     def _writers_of(self, key: str) -> str:
-        nodes = self.writers[key]
+        nodes = self.writers.get(key) or self.unnamed[key]
         return f"node{'s' * (len(nodes) > 1)} {_listed(nodes)} write{'s' * (len(nodes) == 1)} it"
 
 
@@ -129,14 +139,18 @@ def labels_of(graph: Pregel[Any, Any, Any, Any], reward: RewardFunction | None) 
     if graph.builder.input_schema is not graph.builder.state_schema:
         return Labels()
     keys = {key for key in input_channels(graph) if not collects(graph.channels[key])}
-    names = _names_in(reward)
-    keys &= keys if names is None else names
-    if not keys:
+    read = keys_read(reward)
+    named = keys if read.names is None else keys & read.names
+    others = keys - named if read.may_read_others else set[str]()
+    if not named and not others:
         return Labels()
     plain, possible = _written(graph)
-    writers = {key: tuple(plain[key]) for key in sorted(keys & plain.keys())}
+    writers = {key: tuple(plain[key]) for key in sorted(named & plain.keys())}
     return Labels(
-        writers, _first_readers(graph, writers), frozenset(keys & possible - plain.keys())
+        writers=writers,
+        readers=_first_readers(graph, writers),
+        doubtful=frozenset(named & possible - plain.keys()),
+        unnamed={key: tuple(plain[key]) for key in sorted(others & plain.keys())},
     )
 
 
@@ -185,79 +199,6 @@ def _written(graph: Pregel[Any, Any, Any, Any]) -> tuple[dict[str, list[str]], s
             for key in writes:
                 plain.setdefault(key, []).append(name)
     return plain, possible
-
-
-def _names_in(reward: RewardFunction) -> frozenset[str] | None:
-    """Texts in a reward's code and what it calls or holds, but for mere keys of the state.
-
-    None where there is no code to read.
-    """
-    parts = [p.function for p in reward.parts] if isinstance(reward, CombinedReward) else [reward]
-    names: set[str] = set()
-    for part in parts:
-        found = list(_reachable(part))
-        functions = [value for value in found if isinstance(value, types.FunctionType)]
-        if not functions:
-            return None
-        constants = [[c.co_consts for c in codes(f.__code__)] for f in functions if f is not part]
-        names.update(_texts([found, constants]))
-        if isinstance(part, types.FunctionType):
-            own, *inner = codes(part.__code__)
-            names.update(_texts([c.co_consts for c in inner]))
-            names.update(set(_texts(own.co_consts)) - _keys_of_state(own))
-    return frozenset(names)
-
-
-def _keys_of_state(code: types.CodeType) -> set[str]:
-    """Texts that a reward uses as keys of its second argument, the state, and for nothing else."""
-    if code.co_argcount < 2:
-        return set()
-    state = code.co_varnames[1]
-    of_state: set[str] = set()
-    others: set[str] = set()
-    before: list[dis.Instruction] = []
-    for step in dis.get_instructions(code):
-        if step.opname == "LOAD_CONST":
-            if before and before[-1].argval == "get":  # state.get("key")
-                before.pop()
-            is_of_state = bool(before) and _loads(before[-1], state)
-            (of_state if is_of_state else others).update(_texts(step.argval))
-        before.append(step)
-    return of_state - others
-
-
-def _loads(step: dis.Instruction, name: str) -> bool:
-    """Whether an instruction leaves a variable's value on top of the stack."""
-    last = step.argval[-1] if isinstance(step.argval, tuple) else step.argval  # two at once
-    return step.opname.startswith("LOAD_FAST") and last == name
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | tuple | set | frozenset):
-        for part in value:
-            yield from _texts(part)
-
-
-def _reachable(value: Any) -> Iterator[Any]:
-    """What a value's code can call or hold, functions named as `module.function` included."""
-    seen: set[int] = set()
-    waiting = [value]
-    while waiting:
-        for found in reachable(waiting.pop(), seen):
-            yield found
-            if isinstance(found, types.FunctionType):
-                waiting += _of_modules(found)
-
-
-def _of_modules(function: types.FunctionType) -> Iterator[types.FunctionType]:
-    for code in codes(function.__code__):
-        held = [function.__globals__.get(name) for name in code.co_names]
-        for module in held:
-            if isinstance(module, types.ModuleType):
-                named = [vars(module).get(name) for name in code.co_names]
-                yield from (value for value in named if isinstance(value, types.FunctionType))
 
 
 def _listed(keys: Collection[str]) -> str:

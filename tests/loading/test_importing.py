@@ -5,17 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from marft_graph.apps import importing
 from marft_graph.apps.importing import load_module
 from marft_graph.errors import WorkflowError
 
 
 @pytest.fixture(autouse=True)
-def _same_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def _same_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "path", sys.path.copy())
+    known = {*sys.modules}
+    yield
+    for name in {*sys.modules} - known:
+        if name.partition(".")[0] in ("client", "helper"):
+            del sys.modules[name]
 
 
 def problem_of(path: Path, source: str) -> str:
@@ -80,6 +87,41 @@ def test_an_app_wins_against_an_installed_package_of_its_name(tmp_path: Path) ->
     (tmp_path / "app/chosen/graph.py").write_text("from chosen import PLACE\n")
     sys.path.append(str(tmp_path / "installed"))
     assert load_module(tmp_path / "app/chosen/graph.py", ()).PLACE == "app"
+
+
+@pytest.mark.parametrize("is_imported", [True, False])
+def test_an_apps_folder_does_not_take_the_name_of_a_library_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_imported: bool
+) -> None:
+    library = tmp_path / "site-packages/client"
+    for package in (library, tmp_path / "app/client", tmp_path / "app/client/inner"):
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+    (library / "api.py").write_text("PLACE = 'library'\n")
+    (tmp_path / "app/client/parts.py").write_text("PART = 'own'\n")
+    (tmp_path / "app/client/inner/graph.py").write_text(
+        "from client.api import PLACE\nfrom ..parts import PART\n"
+    )
+    monkeypatch.setattr(importing, "_LIBRARIES", (tmp_path / "site-packages",))
+    sys.path.append(str(tmp_path / "site-packages"))
+    if is_imported:
+        __import__("client.api")
+    module = load_module(tmp_path / "app/client/inner/graph.py", (tmp_path / "app",))
+    assert (module.PLACE, module.PART) == ("library", "own")
+    assert __import__("client.api").api.PLACE == "library"
+
+
+def test_a_package_that_imports_itself_by_its_name_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in (tmp_path / "site-packages/helper", tmp_path / "app/helper"):
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+    (tmp_path / "app/helper/nodes.py").write_text("PLACE = 'own'\n")
+    (tmp_path / "app/helper/graph.py").write_text("from helper.nodes import PLACE\n")
+    monkeypatch.setattr(importing, "_LIBRARIES", (tmp_path / "site-packages",))
+    sys.path.append(str(tmp_path / "site-packages"))
+    assert load_module(tmp_path / "app/helper/graph.py", (tmp_path / "app",)).PLACE == "own"
 
 
 def test_two_apps_with_one_package_name_are_refused_in_one_process(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ builder = StateGraph(MessagesState).add_node("say", lambda state: {}).add_edge(S
 
 def plain(): return builder.compile()
 def with_config(config): return builder.compile(name=config["configurable"].get("name", "app"))
+def with_metadata(config): return builder.compile(name=str(config["metadata"].get("run", "app")))
 def with_default(config=None): return builder.compile(name=config["configurable"].get("n", "x"))
 def typed(config: "RunnableConfig"): return builder.compile(name=str(config["configurable"]))
 def with_runtime(anything: ServerRuntime):
@@ -157,6 +158,24 @@ def test_an_env_file_that_is_not_there_is_told_of_and_left_out(
     path.write_text('{"env": ".env", "graphs": {"a": "./a.py:graph"}}')
     read_langgraph_json(path).set_environment()
     assert "names the env file" in caplog.text
+
+
+def test_a_byte_order_mark_and_variables_without_a_value_do_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MARFT_TEST_NUMBER", "of the process")
+    monkeypatch.delenv("MARFT_TEST_NONE", raising=False)
+    path = tmp_path / "langgraph.json"
+    described = {
+        "graphs": {"a": {"path": "./a.py:graph", "description": "An app."}},
+        "env": {"MARFT_TEST_NUMBER": 5, "MARFT_TEST_NONE": None},
+    }
+    path.write_text(json.dumps(described), encoding="utf-8-sig")
+    read = read_langgraph_json(path)
+    read.set_environment()
+    assert read.entry_of("") == ("a", "./a.py", "graph")
+    assert os.environ["MARFT_TEST_NUMBER"] == "5"
+    assert "MARFT_TEST_NONE" not in os.environ
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_calls_are_counted_and_failures_are_told() -> None:
     app = built(twice=twice, fails=fails)
     flex_mg = compile_graph(app, [{"q": "good"}, {"q": "bad"}])
     assert flex_mg.graph.nodes["twice"]["calls"] == 2
-    assert flex_mg.notes == ("dry run: 1 of 2 runs failed: RuntimeError in fails",)
+    assert flex_mg.notes == ("dry run: 1 of 2 runs failed: RuntimeError in node 'fails': no",)
 
 
 def test_the_example_s_input_can_be_made() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -15,6 +16,7 @@ from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableLambda
 from langchain_openai import ChatOpenAI
 from langgraph.graph import END, START, StateGraph
+from pydantic import BaseModel
 
 from marft_graph import Episode, FakeEngine, Trainer, compile_graph, run_episodes
 from marft_graph.cli import main
@@ -352,3 +354,70 @@ def test_our_workflows_leave_no_doubt(path: Path) -> None:
         assert not found.doubtful
         assert not found.readers
         assert "question" not in found.withheld
+
+
+def judge(prediction: str, answer: str, **_: Any) -> float:
+    return float(prediction == answer)
+
+
+class Sum(BaseModel):
+    question: str
+    answer: str
+
+
+class Keys:
+    gold = "answer"
+
+
+gold_of = operator.itemgetter("answer")
+
+
+def under_a_default(example: Mapping[str, Any], state: Any, *, key: str = "answer") -> float:
+    return float(example[key] == state[key])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda example, state: judge(state["answer"], **example),
+        lambda example, state: types.SimpleNamespace(**example).answer == state["answer"],
+        lambda example, state: Sum.model_validate(example).answer == state["answer"],
+        lambda example, state: gold_of(example) == gold_of(state),
+        lambda example, state: example[Keys.gold] == state[Keys.gold],
+        under_a_default,
+    ],
+)
+def test_a_label_that_the_reward_reads_by_another_way_is_withheld(function: Any) -> None:
+    assert labels_of(app(), function).withheld == {"answer"}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda example, state: example == state,
+        lambda example, state: any(v == state.get(k) for k, v in example.items()),
+        lambda example, state: example[f"{'ans'}wer"] == state["answer"],
+        lambda example, state: sorted(example)[0] in state,
+    ],
+)
+def test_a_reward_that_may_read_any_key_is_told_of(
+    function: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labels, "_said", set())
+    assert "42" in shown(run(app(), function))
+    assert "the reward's code does not show which keys" in caplog.text
+    assert "'answer', and node 'solver' writes it" in caplog.text
+    assert "`inputs=`" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        of_question,
+        lambda example, state: len(example.get("question", "")) + len(state["answer"]),
+        lambda example, state: "question" in example and len(state["answer"]),
+        functools.partial(lambda word, example, state: word in example["question"], "six"),
+    ],
+)
+def test_a_reward_that_reads_other_keys_has_no_label(function: Any) -> None:
+    assert labels_of(app(), function).told(EXAMPLE) == []
