@@ -49,6 +49,7 @@ from marft_graph.policy.chat import TokenizerCodec
 from marft_graph.policy.devices import check_device, device_of
 from marft_graph.policy.exactness import context_of, refuse_by_config, refuse_by_copy
 from marft_graph.policy.grammar import Grammars
+from marft_graph.policy.host_memory import give_back_large_blocks
 from marft_graph.policy.last_layer import narrow_last_layer
 from marft_graph.policy.lora import BASE, AdapterValues, LoraLayers
 from marft_graph.policy.rows import Row, padded_ids, positions, seen
@@ -72,6 +73,8 @@ _KEPT_BYTES = 2**30
 """Activations that a pass on a CPU may keep for its backward pass ..."""
 _KEPT_SHARE = 0.25
 """... and on another device, as a share of its memory."""
+_LARGE_PASS = 4096
+"""Tokens of a pass that is large for a base which keeps no more for its backward pass."""
 _MEASURED_TOKENS = 16
 _LONGEST_MASKED = 2048
 """Most tokens of a row that sequences share by a mask, which has the square of that."""
@@ -327,6 +330,8 @@ class Policy:
             if self.device.type == "cuda":
                 limit = _KEPT_SHARE * torch.cuda.get_device_properties(self.device).total_memory
             self._kept_tokens = max(1, int(limit / max(1, self.kept_bytes)))
+            if self.device.type == "cpu" and self._kept_tokens < _LARGE_PASS:
+                give_back_large_blocks()
         return self._kept_tokens
 
     @property
@@ -394,6 +399,8 @@ class Policy:
         """A layer's forward pass; where it has many tokens, the backward pass runs it again."""
         if not torch.is_grad_enabled() or _tokens_of(args, kwargs) <= self.kept_tokens:
             return forward(*args, **kwargs)
+        if self.device.type == "cpu":
+            give_back_large_blocks()
         # Nothing in a layer is random: the model is in eval mode.
         return checkpoint(
             self.bound(forward), *args, use_reentrant=False, preserve_rng_state=False, **kwargs

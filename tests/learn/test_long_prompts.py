@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,28 @@ from tests.learn.test_long_prompts import long_update
 
 long_update(Path(sys.argv[1]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+BLOCKS = """
+import torch
+from marft_graph.policy.host_memory import give_back_large_blocks
+
+def left():
+    torch.zeros(4 * 2**20)  # 16 MiB: freed, it raises the size from which blocks go back
+    blocks = [torch.zeros(3 * 2**20) for _ in range(40)]
+    last = torch.zeros(2**20)  # stands above them
+    before = resident()
+    del blocks
+    return 1 - (before - resident()) / (40 * 12)
+
+def resident():
+    with open("/proc/self/status") as file:
+        return next(int(s.split()[1]) for s in file if s.startswith("VmRSS")) / 1024
+
+kept = left()
+assert give_back_large_blocks()
+print(kept, left())
 """
 
 
@@ -93,6 +116,15 @@ def test_passes_of_many_tokens_alone_compute_activations_again(tiny_model: Path)
     policy._kept_tokens = 99
     assert policy._bytes_kept(100) < kept / 2
     assert policy._bytes_kept(99) > kept / 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_blocks_that_a_long_prompt_frees_go_back_to_the_system() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKS], capture_output=True, text=True, timeout=120, check=True
+    )
+    kept, left = map(float, done.stdout.split())
+    assert left < 0.2 < kept, done.stdout
 
 
 def test_an_update_in_parts_that_compute_again_is_the_same(tiny_model: Path) -> None:
