@@ -51,6 +51,15 @@ def vertex_name(node: str) -> str:
     return f"{node.removeprefix(_HANDLER)}/{_HANDLES}" if node.startswith(_HANDLER) else node
 
 
+def handles(handler: str, node: str) -> bool:
+    """Whether a node of a compiled graph, by LangGraph's name, handles the errors of another.
+
+    >>> handles("__error_handler__writer", "writer"), handles("writer", "writer")
+    (True, False)
+    """
+    return handler in (_SHARED_HANDLER, f"{_HANDLER}{node}")
+
+
 def inner_path(path: str, *, graph: str = "", tool: str = "") -> str:
     """Where something stands that a node's code runs: the path that its own nodes are added to.
 
@@ -68,8 +77,17 @@ def inner_path(path: str, *, graph: str = "", tool: str = "") -> str:
     >>> inner_path("writer", graph="writer"), inner_path("team", graph="LangGraph")
     ('writer', 'team')
     """
-    name = tool if graph in _UNNAMED_GRAPHS else graph
+    name = graph if has_own_name(graph) else tool
     return path if not name or name == path.rpartition("/")[2] else f"{path}/{name}"
+
+
+def has_own_name(graph: str) -> bool:
+    """Whether somebody chose a graph's name.
+
+    >>> has_own_name("math_agent"), has_own_name("LangGraph")
+    (True, False)
+    """
+    return graph not in _UNNAMED_GRAPHS
 
 
 def agent_path(path: str) -> str:

@@ -149,6 +149,7 @@ class _Compiler:
                 for part in parts
                 if isinstance(app, CompiledStateGraph) and part.spec is not None and part.spec.defer
             ),
+            errors=[(guarded, part.key) for part in parts for guarded in part.guards],
             is_ordered=isinstance(app, CompiledStateGraph),
         )
 

@@ -59,6 +59,8 @@ class _Flows:
                     self._add(source, target, channel, is_certain)
             if source.node.calls_again:
                 self._add(source, source, "its own earlier call", False)
+        for source, target in self._with_errors():
+            self._add(source, target, "the error", False)
         self._add_sent()
         for leaf in self._leaves:
             if not leaf.node.is_visible:
@@ -139,6 +141,15 @@ class _Flows:
             for level, other in enumerate(leaf.scopes)
             if other is scope and channel in self._up[leaf.path][level]
         }
+
+    def _with_errors(self) -> Iterator[tuple[_Leaf, _Leaf]]:
+        """Leaves inside a node that may fail, with those inside its error handler."""
+        scopes = {id(scope): scope for leaf in self._leaves for scope in leaf.scopes}.values()
+        for scope in scopes:
+            for failing, handler in scope.errors:
+                for source, _ in self._inside(scope, failing):
+                    for target, _ in self._inside(scope, handler):
+                        yield source, target
 
     def _add_sent(self) -> None:
         """A `Send` hands over what its sender knows and what it made, whatever the channel."""

@@ -81,6 +81,8 @@ class Scope:
     reducers: Names
     deferred: Names = NOTHING
     """Nodes that run when nothing else can any more."""
+    errors: Sequence[tuple[str, str]] = ()
+    """Nodes and who handles their errors, which may tell what a model had answered."""
     is_ordered: bool = True
     """False where code decides what runs when, as in the functional API."""
 

@@ -53,7 +53,7 @@ def add_dry_run(
     Raises:
         DatasetError: no examples, or an example without the graph's input keys.
     """
-    engine = FakeEngine(answer)
+    engine = FakeEngine(Script())
     episodes: list[Episode] = []
     undecided = ""
     try:
@@ -107,25 +107,37 @@ def with_agent(flex_mg: FlexMG, node: str) -> FlexMG:
     return replace(flex_mg, graph=graph)
 
 
-def answer(request: GenerationRequest) -> str | AIMessage:
-    """A scripted answer that keeps an app going: structure where it is asked for, tools in turn."""
-    schema = schema_of(request.response_format)
-    if schema is not None:
-        return json.dumps(example_of(schema))
-    tools = [tool["function"] for tool in request.tools]
-    earlier = [m for m in request.messages if isinstance(m, AIMessage)]
-    used = {call["name"] for message in earlier for call in message.tool_calls}
-    unused = [tool for tool in tools if tool["name"] not in used]
-    if request.tool_choice not in (None, "auto", "none"):
-        tools = [tool for tool in tools if tool["name"] in str(request.tool_choice)] or tools
-        tools = [tool for tool in tools if tool in unused] or tools[-1:]
-    else:
-        tools = unused
-    if not tools:
-        return TEXT
-    name, args = tools[0]["name"], example_of(tools[0].get("parameters", {}))
-    number = len(request.messages)
-    return AIMessage("", tool_calls=[{"name": name, "args": args, "id": f"call_{number}"}])
+class Script:
+    """Scripted answers that keep an app going: structure where it is asked for, tools in turn.
+
+    An agent uses each of its tools once in a conversation, whatever others have used in it before.
+    """
+
+    def __init__(self) -> None:
+        self._used: set[tuple[Any, ...]] = set()
+
+    def __call__(self, request: GenerationRequest) -> str | AIMessage:
+        """The answer to one call."""
+        schema = schema_of(request.response_format)
+        if schema is not None:
+            return json.dumps(example_of(schema))
+        who = (request.agent, *request.order[:2])
+        tools = [tool["function"] for tool in request.tools]
+        earlier = [m for m in request.messages if isinstance(m, AIMessage)]
+        called = {call["name"] for message in earlier for call in message.tool_calls}
+        used = {name for name in called if (*who, name) in self._used}
+        unused = [tool for tool in tools if tool["name"] not in used]
+        if request.tool_choice not in (None, "auto", "none"):
+            tools = [tool for tool in tools if tool["name"] in str(request.tool_choice)] or tools
+            tools = [tool for tool in tools if tool in unused] or tools[-1:]
+        else:
+            tools = unused
+        if not tools:
+            return TEXT
+        name, args = tools[0]["name"], example_of(tools[0].get("parameters", {}))
+        self._used.add((*who, name))
+        number = len(request.messages)
+        return AIMessage("", tool_calls=[{"name": name, "args": args, "id": f"call_{number}"}])
 
 
 def example_of(schema: Mapping[str, Any], root: Mapping[str, Any] | None = None) -> Any:

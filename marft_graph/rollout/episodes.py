@@ -34,6 +34,7 @@ from marft_graph.rollout.episode_run import (
     with_reward,
 )
 from marft_graph.rollout.inputs import AppCall, AppInputs, app_call, listed_examples
+from marft_graph.rollout.intercept import tidy
 from marft_graph.rollout.labels import Labels, labels_of, say_once
 from marft_graph.rollout.process_loop import Blocked, process_loop
 from marft_graph.rollout.quiescence import Quiescence
@@ -132,6 +133,7 @@ class Rollout:
                         on_blocked=self._given_up,
                     )
             finally:
+                tidy()
                 if gated is not None:
                     gated.use_gate(None)
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import threading
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
@@ -38,6 +40,7 @@ from marft_graph.rollout.scopes import (
     Place,
     Run,
     active_runs,
+    has_leftovers,
     in_run,
     known_metadata,
     places,
@@ -66,6 +69,7 @@ _answers: contextvars.ContextVar[BaseChatModel | None] = contextvars.ContextVar(
     "marft_answers", default=None
 )
 _originals: dict[str, Any] = {}
+_is_installed = False
 _lock = threading.Lock()
 
 
@@ -76,11 +80,14 @@ def intercepting(responder: Responder, *, context: bool = True) -> Iterator[dict
     Yields metadata for the graph's config: threads of the app that have lost the context but pass
     the config on are then found too. A generator, which shares its caller's context between two
     items, says `context=False` and is known by that metadata alone. LangChain is back as it was
-    once the last run has ended.
+    once the last run has ended, with the threads and tasks that episodes have left running: what
+    these ask a model is refused.
     """
     run_id, run = uuid.uuid4().hex, Run(responder)
+    if responder.is_strict:
+        weakref.finalize(run, _restore_if_over).atexit = False
     with _lock:
-        if not active_runs():
+        if not _is_installed:
             _install()
         scope = in_run(run_id, run, context=context)
         scope.__enter__()
@@ -89,11 +96,29 @@ def intercepting(responder: Responder, *, context: bool = True) -> Iterator[dict
     finally:
         with _lock:
             scope.__exit__(None, None, None)
-            if not active_runs():
+        del scope, run
+        _restore_if_over()
+
+
+def tidy() -> None:
+    """After a rollout: what is kept by nothing but cycles, as failures are, is no leftover."""
+    if has_leftovers() and not active_runs():
+        gc.collect()
+
+
+def _restore_if_over() -> None:
+    """Put LangChain back where nothing runs any more that an episode has started."""
+    if _lock.acquire(blocking=False):  # who has it looks again afterwards
+        try:
+            if _is_installed and not active_runs() and not has_leftovers():
                 _restore()
+        finally:
+            _lock.release()
 
 
 def _install() -> None:
+    global _is_installed
+    _is_installed = True
     replacements: dict[str, Callable[..., Any]] = {
         "generate": _ask,
         "agenerate": _aask,
@@ -114,6 +139,8 @@ def _install() -> None:
 
 
 def _restore() -> None:
+    global _is_installed
+    _is_installed = False
     # The originals stay known: a call that is inside a replacement now still needs them.
     for name in PATCHED_NAMES:
         setattr(BaseChatModel, name, _originals[name])

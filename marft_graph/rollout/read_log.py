@@ -46,6 +46,8 @@ class Start:
     """Whether the input was the state of the task around it, unchanged."""
     moment: int
     """When it was started."""
+    text: str
+    """All texts of the input."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from langgraph.types import Command, PregelExecutableTask, Send
 from marft_graph.graph.channels import collects
 from marft_graph.rollout.read_log import ReadLog, Start, TaskReads
 from marft_graph.rollout.scopes import RUN_KEY
+from marft_graph.rollout.verbatim import as_text
 from marft_graph.rollout.views import (
     Note,
     StateView,
@@ -174,7 +175,8 @@ class _Watch:
         else:
             keys = frozenset(value) if isinstance(value, dict) else fields_of(value)
         if keys:
-            self._log.starts[self._graph_run] = Start(keys, is_state, self._log.tick())
+            text = as_text(task.input)
+            self._log.starts[self._graph_run] = Start(keys, is_state, self._log.tick(), text)
         return task
 
     def _watched(self, task: PregelExecutableTask) -> PregelExecutableTask:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from langchain_core.tools import BaseTool
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
 
-from marft_graph.names import inner_path, node_path
+from marft_graph.names import has_own_name, inner_path, node_path
 from marft_graph.rollout.callsite import frames
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _NAMESPACE = "langgraph_checkpoint_ns"
 _ENTRY = "__start__"
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Run:
     """One run of an app whose model calls somebody answers."""
 
@@ -83,6 +84,7 @@ class _Scope:
     """Of the innermost run first: a bound app may run inside another, or in an episode."""
     graph: Pregel[Any, Any, Any, Any] | None
     tool: str = ""
+    outer: _Scope | None = None
 
     def place(self, view: _View, raw: str) -> Place:
         """The task with LangGraph's namespace `raw`, which lies in the scope."""
@@ -105,6 +107,8 @@ class _Scope:
 _current: contextvars.ContextVar[Run | None] = contextvars.ContextVar("marft_run", default=None)
 _scope: contextvars.ContextVar[_Scope | None] = contextvars.ContextVar("marft_scope", default=None)
 _runs: dict[str, Run] = {}
+_ended: weakref.WeakSet[Run] = weakref.WeakSet()
+"""Episodes that are over, while a thread or a task that they have left running keeps them."""
 
 
 @contextmanager
@@ -118,12 +122,20 @@ def in_run(run_id: str, run: Run, *, context: bool) -> Iterator[None]:
         if token is not None:
             _current.reset(token)
         run.is_active = False
+        run.entered = None
         del _runs[run_id]
+        if run.responder.is_strict:
+            _ended.add(run)
 
 
 def active_runs() -> list[Run]:
     """The runs that have not ended."""
     return list(_runs.values())
+
+
+def has_leftovers() -> bool:
+    """Whether something that an episode has started may still ask a model, after its end."""
+    return bool(_ended)
 
 
 def current_run() -> Run | None:
@@ -191,20 +203,45 @@ def _graph_scope(graph: Pregel[Any, Any, Any, Any], config: Any) -> _Scope | Non
         views = tuple(_inner_view(scope, view, raw, graph) for view in scope.views)
     if all(view.run is not run for view in views):
         views = (_View(run, "", "", ""), *views)
-    found = _Scope(raw, views, graph)
+    found = _Scope(raw, views, graph, outer=scope)
     run.entered = run.entered or found
     return found
 
 
 def _inner_view(scope: _Scope, view: _View, raw: str, graph: Pregel[Any, Any, Any, Any]) -> _View:
     place = scope.place(view, raw)
-    if scope.tool and raw == scope.raw:
+    again = _path_of_same(scope, view.run, graph)
+    if again is not None:
+        path = again
+    elif scope.tool and raw == scope.raw:
         path = inner_path(view.around, graph=graph.name or "", tool=scope.tool)
     elif _is_node_itself(place, graph):
         path = place.node
     else:
         path = inner_path(place.node, graph=graph.name or "")
     return _View(view.run, place.namespace, path, place.node)
+
+
+def _path_of_same(scope: _Scope, run: Run, graph: Pregel[Any, Any, Any, Any]) -> str | None:
+    """Where a graph stands that is running already: its nodes are the same ones at every depth."""
+    around: _Scope | None = scope
+    while around is not None:
+        if not around.tool and around.graph is not None and _are_same(around.graph, graph):
+            return next((view.path for view in around.views if view.run is run), None)
+        around = around.outer
+    return None
+
+
+def _are_same(one: Pregel[Any, Any, Any, Any], other: Pregel[Any, Any, Any, Any]) -> bool:
+    """Whether two graphs are one, or copies of one, or made anew under one name."""
+    if isinstance(one, CompiledStateGraph) and isinstance(other, CompiledStateGraph):
+        if one.builder is other.builder:
+            return True
+    elif one.nodes.keys() == other.nodes.keys():
+        return all(one.nodes[name] is other.nodes[name] for name in one.nodes)
+    return (
+        one.name == other.name and has_own_name(one.name) and one.nodes.keys() == other.nodes.keys()
+    )
 
 
 def _is_node_itself(place: Place, graph: Pregel[Any, Any, Any, Any]) -> bool:
@@ -225,7 +262,7 @@ def _in_tool(tool: BaseTool, config: Any) -> Iterator[None]:
         place = scope.place(view, raw)
         path = inner_path(place.node, tool=tool.name)
         views.append(_View(view.run, place.namespace, path, place.node))
-    token = _scope.set(_Scope(raw, tuple(views), scope.graph, tool.name))
+    token = _scope.set(_Scope(raw, tuple(views), scope.graph, tool.name, scope))
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from langchain_core.messages import BaseMessage
 from marft_graph.rollout.atoms import Atom, Atoms, is_constant, is_lasting, parts, text_of
 from marft_graph.rollout.read_log import TaskReads
 from marft_graph.rollout.shape import GraphShape
-from marft_graph.rollout.verbatim import LEAST, as_text, leaves, shows
+from marft_graph.rollout.verbatim import LEAST, as_text, leaves, quotes, shows
 from marft_graph.rollout.views import fields_of
 
 Calls = frozenset[int]
@@ -69,13 +69,15 @@ class Task:
     seen_by_branches: Calls | None = None
     """What its conditional edges had read when it was over; None: not known."""
     is_over: bool = False
+    failed: Task | None = None
+    """Of an error handler the task that failed."""
 
     def input_at(self, moment: float, ledger: Ledger, text: str | None = None) -> Calls:
-        """What it had read by a moment; of a copied state what a text shows, if there is one."""
+        """What it had read by a moment; with a text, of copied states and lists what it shows."""
         seen, known = self.seen, self.known
         if seen.is_seen:
-            read = (self.reads.get(c, _NONE) for c, at in seen.channels.items() if at < moment)
-            known = _NONE.union(*read)
+            channels = [c for c, at in seen.channels.items() if at < moment]
+            known = _NONE.union(*(ledger.quoted_of(self, c, text) for c in channels))
             copied = [c for c, at in seen.copied.items() if at < moment]
             known = known.union(*(ledger.shown_of(self, c, text) for c in copied))
         return known.union(
@@ -88,15 +90,24 @@ class Task:
         for run in self.runs:
             if run.last_moment(ledger) < moment:
                 earlier |= run.everything()
-        earlier |= self._results(moment, ledger)
+        if self.failed is not None and text is not None:  # the error may tell what was answered
+            failed = self.failed.all_calls()
+            earlier |= {call for call in failed if quotes(text, ledger.calls[call].answer)}
+        earlier |= self._results(moment, ledger, text)
         return self.input_at(moment, ledger, text) | earlier
 
-    def _results(self, moment: float, ledger: Ledger) -> Calls:
-        """What the results of its subtasks depend on; one that went into another stands for it."""
+    def _results(self, moment: float, ledger: Ledger, text: str | None = None) -> Calls:
+        """What the results of its subtasks depend on.
+
+        One that went into another stands for it, unless a text shows both.
+        """
         over = [task for task in self.subtasks if task.last_moment(ledger) < moment]
         inside = [call for task in over for call in task.all_calls()]
         used = _NONE.union(*(ledger.parents.get(call, _NONE) for call in inside))
-        return _NONE.union(*(task.output(ledger) for task in over)) - used
+        results = _NONE.union(*(task.output(ledger) for task in over))
+        if text is not None:
+            used = frozenset(c for c in used if not quotes(text, ledger.calls[c].answer))
+        return results - used
 
     def last_moment(self, ledger: Ledger) -> int:
         """When the last call that its result depends on ended."""
@@ -244,6 +255,36 @@ class Ledger:
             return task.reads.get(channel, _NONE)
         shown = [part for part, leaf in parts if shows(text, leaf)]
         return _NONE.union(*(self._origin(task, channel, part) for part in shown))
+
+    def quoted_of(self, task: Task, channel: str, text: str | None) -> Calls:
+        """What a channel depends on that a task read; of a list the items that a text quotes."""
+        known = task.reads.get(channel, _NONE)
+        return self.quoted(known, self._value_given(task, channel), text)
+
+    def quoted(self, known: Calls, value: Any, text: str | None) -> Calls:
+        """Of the calls that a value depends on those behind the items that a text quotes.
+
+        All of them without a text, where the value is no collection, and where the text quotes
+        none of its items: it was then made from them in another way.
+        """
+        items = value.values() if isinstance(value, Mapping) else value
+        if text is None or len(known) < 2 or not isinstance(value, list | tuple | Mapping):
+            return known
+        shown, is_certain = _NONE, False
+        for item in items:
+            texts = [leaf for _, leaf in leaves(item) if leaf.strip()]
+            if not texts or any(shows(text, leaf) for leaf in texts):
+                shown |= self._behind(item, known, "\n".join(texts))
+            is_certain = is_certain or any(quotes(text, leaf) for leaf in texts)
+        return shown if is_certain else known
+
+    def _behind(self, item: Any, known: Calls, text: str) -> Calls:
+        """Of some calls those that an item of a list depends on."""
+        atom = self._atoms.of(item)
+        behind = atom.calls if atom is not None and atom.calls <= known else known
+        if len(behind) < 2:
+            return behind
+        return frozenset(c for c in behind if quotes(text, self.calls[c].answer)) or behind
 
     def kept_in(self, task: Task, value: Any) -> Calls:
         """What texts depend on that a task read and wrote again beside its model's answer."""

@@ -16,9 +16,10 @@ import heapq
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from marft_graph.names import handles
 from marft_graph.rollout.read_log import ReadLog, Start, TaskReads
 from marft_graph.rollout.shape import GraphShape
 from marft_graph.rollout.task_runs import CallMark, Ledger, Run, Task
@@ -197,7 +198,9 @@ class _Tracer:
         shape = outer.subgraphs.get(parent.name) if outer is not None else None
         start = self._reads.starts.get("|".join(namespace))
         entry = parent.known_at(
-            start.moment if start else self._first_call_in(namespace), self.ledger
+            start.moment if start else self._first_call_in(namespace),
+            self.ledger,
+            start.text if start and not parent.seen.copied else None,
         )
         run = Run(parent, shape, entry, reducers if shape is None else shape.reducers)
         if parent.is_graph:
@@ -209,11 +212,14 @@ class _Tracer:
 
     def _around(self, namespace: Sequence[str]) -> Task | None:
         """The innermost reported task of a namespace."""
-        for part in reversed(namespace):
-            task = self._tasks.get(part.rpartition(":")[2])
-            if task is not None:
-                return task
-        return None
+        around: Task | None = None
+        for part in namespace:
+            name, _, task_id = part.rpartition(":")
+            task = self._tasks.get(task_id)
+            if task is None and around is not None:
+                task = self._handler(name, task_id, around.run)
+            around = task or around
+        return around
 
     def _first_call_in(self, namespace: tuple[str, ...]) -> float:
         prefix = "|".join(namespace) + "|"
@@ -300,8 +306,11 @@ class _Tracer:
         )
 
     def _end_task(self, run: Run, payload: Mapping[str, Any]) -> None:
+        if payload.get("interrupts"):  # an interrupted task begins again
+            return
         task = self._tasks.get(payload["id"])
-        if task is None or payload.get("interrupts"):  # an interrupted task begins again
+        task = task or self._handler(payload["name"], payload["id"], run)
+        if task is None:
             return
         task.is_over = True
         result = payload.get("result")
@@ -310,17 +319,44 @@ class _Tracer:
         written = result if isinstance(result, Mapping) else {}
         for call in task.calls:
             begun = self.ledger.calls[call].begun
-            prompt = as_text(list(self.ledger.calls[call].prompt)) if task.seen.copied else None
+            prompt = as_text(list(self.ledger.calls[call].prompt))
             self.ledger.parents[call] = task.known_at(begun, self.ledger, prompt)
             if task.is_router(call, self.ledger):
-                self.ledger.parents[call] |= self._routed_at(task, written, begun)
+                self.ledger.parents[call] |= self._routed_at(task, written, begun, prompt)
         has_branches = run.shape is not None and task.name in run.shape.branches
         if has_branches or task.seen.routed_at is not None:
             routers = {call for call in task.calls if task.is_router(call, self.ledger)}
             task.seen_by_branches = self._routed_at(task, written, math.inf) | routers
 
-    def _routed_at(self, task: Task, written: Mapping[str, Any], moment: float) -> Calls:
-        """What a node's branches had read by a moment, after what the node has written."""
+    def _handler(self, name: str, task_id: str, run: Run) -> Task | None:
+        """An error handler, whose beginning is not reported: it is given what the node was."""
+        failed = next((task for task in run.current if handles(name, task.name)), None)
+        if failed is None:
+            return None
+        seen = self._reads.tasks.get(task_id, TaskReads())
+        calls = self._calls_of.get(task_id, [])
+        task = replace(
+            failed,
+            name=name,
+            seen=seen,
+            calls=calls,
+            runs=[],
+            subtasks=[],
+            is_over=False,
+            failed=failed,
+        )
+        run.current.append(task)
+        run.tasks.append(task)
+        self._tasks[task_id] = task
+        return task
+
+    def _routed_at(
+        self, task: Task, written: Mapping[str, Any], moment: float, text: str | None = None
+    ) -> Calls:
+        """What a node's branches had read by a moment, after what the node has written.
+
+        With a text, of lists the items that it quotes.
+        """
         run, seen, shape = task.run, task.seen, task.run.shape
         if seen.routed_at is not None and not seen.is_routed_unseen:
             read = [channel for channel, at in seen.routed.items() if at < moment]
@@ -329,10 +365,16 @@ class _Tracer:
             read = [*given, *written]
         found = _NONE
         for channel in read:
+            known, held = _NONE, []
             if channel in written:
-                found |= task.output_of(channel, self.ledger, written[channel])
+                known |= task.output_of(channel, self.ledger, written[channel])
+                held.append(written[channel])
             if channel not in written or run.collects(channel, written[channel]):
-                found |= run.of_channel(channel)
+                known |= run.of_channel(channel)
+                held.append(run.values.get(channel))
+            are_lists = all(isinstance(value, list) for value in held)
+            items = [*itertools.chain.from_iterable(held)] if are_lists else None
+            found |= self.ledger.quoted(known, items, text)
         return found
 
     def _apply_writes(self, run: Run) -> None:

@@ -59,6 +59,28 @@ def shows(text: str, leaf: str) -> bool:
     return any(form in text for form in forms)
 
 
+def quotes(text: str, leaf: str) -> bool:
+    """Whether a text certainly holds another one: a long enough one, in words of its own.
+
+    >>> quotes("it is plan 1, or 12", "plan 1"), quotes("it is plan 12", "plan 1")
+    (True, False)
+    """
+    leaf = leaf.strip()
+    if len(leaf) < LEAST or not shows(text, leaf):
+        return False
+    place = text.find(leaf)
+    while place >= 0:
+        before, after = text[place - 1 : place], text[place + len(leaf) :][:1]
+        if not (_joins(before, leaf[0]) or _joins(leaf[-1], after)):
+            return True
+        place = text.find(leaf, place + 1)
+    return leaf not in text  # escaped, or cut
+
+
+def _joins(left: str, right: str) -> bool:
+    return left.isalnum() and right.isalnum()
+
+
 def as_text(value: Any) -> str:
     """All texts of a value in one."""
     return "\n".join(text for _, text in leaves(value))

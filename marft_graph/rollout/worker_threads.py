@@ -155,15 +155,23 @@ class WorkerThreads(ThreadPoolExecutor):
             threading.Thread(target=self._work, name="marft-worker", daemon=True).start()
 
     def _work(self) -> None:
-        while (item := self._next()) is not None:
-            try:
-                self._run(item)
-            finally:
-                self._watcher.item_finished()
-                with self._ready:
-                    self._running.discard(item)
-                    self._abandoned.discard(item)
-                    self._ready.notify()
+        while self._run_next():
+            pass  # a thread that waits for work keeps nothing of what it has done
+
+    def _run_next(self) -> bool:
+        """Wait for an item and run it; False: there is none, and the thread ends."""
+        item = self._next()
+        if item is None:
+            return False
+        try:
+            self._run(item)
+        finally:
+            self._watcher.item_finished()
+            with self._ready:
+                self._running.discard(item)
+                self._abandoned.discard(item)
+                self._ready.notify()
+        return True
 
     def _next(self) -> WorkItem | None:
         """The item that this thread shall run; None: there is none, and the thread ends."""

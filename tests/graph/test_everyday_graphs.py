@@ -21,14 +21,14 @@ from marft_graph.episode import Episode
 from marft_graph.graph.draw import summary
 from marft_graph.names import agent_path
 from marft_graph.rollout.answers import schema_of
-from marft_graph.rollout.dry_run import answer, example_of
+from marft_graph.rollout.dry_run import Script, example_of
 from tests.graph.everyday_apps import EVERYDAY
 
 NAMES = list(EVERYDAY)
 
 
 def last_choice(request: GenerationRequest) -> str | AIMessage:
-    """As `answer`, but the last value of every choice, and no tool."""
+    """As the dry run, but the last value of every choice, and no tool."""
     schema = schema_of(request.response_format)
     return json.dumps(_last(schema, schema)) if schema is not None else "dry run"
 
@@ -40,15 +40,16 @@ def _last(schema: Any, root: Any) -> Any:
 
 
 def alternating() -> Callable[[GenerationRequest], str | AIMessage]:
-    """Now as `answer`, now as `last_choice`."""
+    """Now as the dry run, now as `last_choice`."""
     turns = itertools.count()
-    return lambda request: (answer, last_choice)[next(turns) % 2](request)
+    script = Script()
+    return lambda request: (script, last_choice)[next(turns) % 2](request)
 
 
 def episodes_of(name: str, app: Any) -> list[Episode]:
     example = EVERYDAY[name].example
     found = []
-    for script in (answer, last_choice, alternating(), "plain text"):
+    for script in (Script(), last_choice, alternating(), "plain text"):
         engine = FakeEngine(script)
         app = app.with_config(recursion_limit=25)
         found += run_episodes(app, [example], engine=engine, episode_timeout=30)

@@ -17,10 +17,11 @@ from marft_graph.graph.draw import summary, to_dot, to_mermaid
 from marft_graph.graph.page import to_html
 from marft_graph.graph.picture import to_svg
 from marft_graph.names import agent_path
-from marft_graph.rollout.dry_run import answer
+from marft_graph.rollout.dry_run import Script
 from tests.graph import real_apps
 
 _marks = itertools.count()
+_script = Script()
 MESSAGES = {"messages": [("user", "hello")]}
 APPS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "tool_agent": (MESSAGES, {"model"}),
@@ -53,7 +54,7 @@ def test_it_compiles_draws_and_runs(name: str) -> None:
     ElementTree.fromstring(to_svg(flex_mg))
     for text in (summary(flex_mg), to_mermaid(flex_mg), to_dot(flex_mg), to_html(flex_mg)):
         assert all(agent in text for agent in agents)
-    episodes = run_episodes(app, [example] * 2, engine=FakeEngine(answer), episode_timeout=60)
+    episodes = run_episodes(app, [example] * 2, engine=FakeEngine(Script()), episode_timeout=60)
     for episode in episodes:
         assert episode.status == "ok", episode.error
         assert {agent_path(call.node) for call in episode.calls} == agents
@@ -65,7 +66,7 @@ def test_it_compiles_draws_and_runs(name: str) -> None:
 
 def marked(request: Any) -> Any:
     """A scripted answer with a mark of its own, in its text and in what it asks tools for."""
-    made, mark = answer(request), f"<{next(_marks)}>"
+    made, mark = _script(request), f"<{next(_marks)}>"
     if isinstance(made, AIMessage):
         for call in made.tool_calls:
             call["args"] = {
@@ -111,7 +112,7 @@ def test_the_debates_of_the_trading_team_are_loops_and_the_analysts_are_parallel
 
 def test_researchers_side_by_side_do_not_observe_each_other_in_a_run() -> None:
     app = real_apps.deep_research()
-    (episode,) = run_episodes(app, [{"question": "why?"}], engine=FakeEngine(answer))
+    (episode,) = run_episodes(app, [{"question": "why?"}], engine=FakeEngine(Script()))
     calls = episode.calls
     first = [c for c in calls if agent_path(c.node) == "team/researcher/compress"][:2]
     assert first[1].index not in first[0].parents

@@ -271,7 +271,7 @@ def test_a_class_without_a_json_schema_is_still_parsed():
 
 
 def test_a_scripted_run_takes_forced_tools_in_turn_until_the_structure():
-    from marft_graph.rollout.dry_run import answer
+    from marft_graph.rollout.dry_run import Script
 
     agent = create_agent(openai(), [add], response_format=ToolStrategy(Answer))
 
@@ -279,6 +279,6 @@ def test_a_scripted_run_takes_forced_tools_in_turn_until_the_structure():
         given = agent.invoke({"messages": "7+5?"}, {"recursion_limit": 12})
         return {"out": given["structured_response"]}
 
-    episode = run(graph_of(body), answer)
+    episode = run(graph_of(body), Script())
     assert episode.state["out"] == Answer(number=1)
     assert len(episode.calls) == 2
