@@ -224,6 +224,14 @@ def in_a_thread(state: Any) -> Any:
         return reply(pool.submit(model.invoke, state["messages"]).result())
 
 
+pool_of_module = ThreadPoolExecutor(1)
+
+
+def in_a_pool_made_at_import(state: Any) -> Any:
+    (answer,) = pool_of_module.map(model.invoke, [state["messages"]])
+    return reply(answer)
+
+
 async def gathered(state: Any) -> Any:
     return reply((await asyncio.gather(model.ainvoke(state["messages"])))[0])
 
@@ -327,7 +335,15 @@ AGENTS: dict[str, Any] = {
         *(class_method, object_made_in_the_node, model_given_to_an_object_made_in_the_node),
         *(local_import, local_import_of_a_class, local_import_of_a_module, configurable_model),
         *(init_in_the_node, cached, chosen_factory, late_global, ten_deep, helper_of_helper),
-        *(in_a_thread, gathered, chain_in_the_node, parallel_chain, through_a_chain, decorated),
+        *(
+            in_a_thread,
+            in_a_pool_made_at_import,
+            gathered,
+            chain_in_the_node,
+            parallel_chain,
+            through_a_chain,
+            decorated,
+        ),
         *(context_manager, bound_method, default_of_a_parameter, context_variable),
         *(settings_object, made_settings, mapped, agent_made_in_the_node, nested_function),
         *(from_globals, returns_a_chain),
