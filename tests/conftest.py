@@ -1,9 +1,11 @@
 """What every test shares: no network, no tracking service, no window, no user's caches."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+import time
 
 # These are read when the libraries are imported, so they are set before any test module is.
 _hub_home = tempfile.mkdtemp(prefix="marft-tests-")
@@ -34,6 +36,18 @@ import pytest  # noqa: E402
 
 if TYPE_CHECKING:
     from marft_graph import Trainer
+
+
+@pytest.fixture
+def untouched_langchain() -> None:
+    """LangChain as it is while nothing runs: what earlier tests have left running has ended."""
+    from marft_graph.rollout.scopes import has_leftovers
+
+    deadline = time.monotonic() + 60
+    while has_leftovers() and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert not has_leftovers()
 
 
 @pytest.fixture(scope="session")

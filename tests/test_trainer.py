@@ -92,6 +92,7 @@ def test_the_same_seed_gives_the_same_metrics(
     assert without_times(read_metrics(other.train(progress=False).run_dir)) != runs[0]
 
 
+@pytest.mark.usefixtures("untouched_langchain")
 def test_training_changes_nothing_of_langchain_and_nothing_of_the_app(
     make: Callable[..., Trainer],
 ) -> None:

@@ -140,7 +140,7 @@ class Calls:
                 if name == "compile":
                     self._search.unresolve(f"{place} of a graph that the code makes")
                 return [owner], 0
-        is_of_pool = name == "map" and bool(given)  # that of a Runnable takes nothing
+        is_of_pool = name == "map" and bool(values)  # that of a Runnable takes nothing
         if name in _MAKERS and not is_of_pool:
             return [owner, *(value for value in values if not _is_tools(value))], 0
         calls = self._search.use_all([owner, *values])

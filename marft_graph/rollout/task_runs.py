@@ -16,7 +16,14 @@ from langchain_core.messages import BaseMessage
 from marft_graph.rollout.atoms import Atom, Atoms, is_constant, is_lasting, parts, text_of
 from marft_graph.rollout.read_log import TaskReads
 from marft_graph.rollout.shape import GraphShape
-from marft_graph.rollout.verbatim import LEAST, as_text, leaves, quotes, shows
+from marft_graph.rollout.verbatim import (
+    LEAST,
+    as_text,
+    leaves,
+    quotes,
+    shows,
+    texts_of_answer,
+)
 from marft_graph.rollout.views import fields_of
 
 Calls = frozenset[int]
@@ -92,7 +99,7 @@ class Task:
                 earlier |= run.everything()
         if self.failed is not None and text is not None:  # the error may tell what was answered
             failed = self.failed.all_calls()
-            earlier |= {call for call in failed if quotes(text, ledger.calls[call].answer)}
+            earlier |= {call for call in failed if ledger.is_quoted(call, text)}
         earlier |= self._results(moment, ledger, text)
         return self.input_at(moment, ledger, text) | earlier
 
@@ -106,7 +113,7 @@ class Task:
         used = _NONE.union(*(ledger.parents.get(call, _NONE) for call in inside))
         results = _NONE.union(*(task.output(ledger) for task in over))
         if text is not None:
-            used = frozenset(c for c in used if not quotes(text, ledger.calls[c].answer))
+            used = frozenset(call for call in used if not ledger.is_quoted(call, text))
         return results - used
 
     def last_moment(self, ledger: Ledger) -> int:
@@ -278,13 +285,19 @@ class Ledger:
             is_certain = is_certain or any(quotes(text, leaf) for leaf in texts)
         return shown if is_certain else known
 
+    def is_quoted(self, call: int, text: str) -> bool:
+        """Whether a text quotes a call's answer, or part of one that is JSON."""
+        return any(quotes(text, said) for said in texts_of_answer(self.calls[call].answer))
+
     def _behind(self, item: Any, known: Calls, text: str) -> Calls:
         """Of some calls those that an item of a list depends on."""
         atom = self._atoms.of(item)
         behind = atom.calls if atom is not None and atom.calls <= known else known
         if len(behind) < 2:
             return behind
-        return frozenset(c for c in behind if quotes(text, self.calls[c].answer)) or behind
+        said = {call: texts_of_answer(self.calls[call].answer) for call in behind}
+        quoted = {c for c, texts in said.items() if any(quotes(text, part) for part in texts)}
+        return frozenset({*quoted, *(c for c in behind if not said[c])}) if quoted else behind
 
     def kept_in(self, task: Task, value: Any) -> Calls:
         """What texts depend on that a task read and wrote again beside its model's answer."""

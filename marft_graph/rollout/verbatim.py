@@ -77,6 +77,19 @@ def quotes(text: str, leaf: str) -> bool:
     return leaf not in text  # escaped, or cut
 
 
+def texts_of_answer(answer: str) -> list[str]:
+    """The texts of a model's answer that can be quoted: itself, or those in its JSON.
+
+    >>> texts_of_answer('{"score": "yes", "reason": "well said"}'), texts_of_answer("well said")
+    (['well said'], ['well said'])
+    """
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        value = answer
+    return [leaf for _, leaf in leaves(value) if len(leaf.strip()) >= LEAST]
+
+
 def _joins(left: str, right: str) -> bool:
     return left.isalnum() and right.isalnum()
 

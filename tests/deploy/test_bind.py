@@ -118,6 +118,7 @@ def test_a_task_that_is_run_again_samples_as_before(exported: tuple[Path, Traine
     assert len(set(asked[0])) == 3
 
 
+@pytest.mark.usefixtures("untouched_langchain")
 def test_binding_leaves_langchain_and_the_app_as_they_were(
     exported: tuple[Path, Trainer],
 ) -> None:

@@ -216,6 +216,7 @@ def test_the_bound_app_is_a_graph_for_servers_that_copy_it(
     assert set(served.get_graph().nodes) >= {"planner", "writer"}
 
 
+@pytest.mark.usefixtures("untouched_langchain")
 def test_langchain_is_left_as_it_was(export: Path, server: ChatServer) -> None:
     before = dict(vars(BaseChatModel))
     bind(app(), export, base_url=server.url).invoke({"q": "x"})

@@ -270,6 +270,7 @@ def test_a_dry_run_refuses_what_it_cannot_answer_from_a_script(connections: list
     assert connections == []
 
 
+@pytest.mark.usefixtures("untouched_langchain")
 @pytest.mark.parametrize("node", [overridden, overridden_too])
 def test_a_class_with_methods_of_its_own_is_met(node: Any, engine: FakeEngine) -> None:
     before = Own._generate_with_cache

@@ -314,6 +314,7 @@ def test_outside_a_rollout_the_app_is_as_before(engines):
     assert before["out"] == "own model"
 
 
+@pytest.mark.usefixtures("untouched_langchain")
 def test_nothing_of_langchain_stays_changed(engines):
     before = dict(vars(BaseChatModel))
     seen = []
@@ -329,6 +330,7 @@ def test_nothing_of_langchain_stays_changed(engines):
     assert all(after[name] is before[name] for name in before)
 
 
+@pytest.mark.usefixtures("untouched_langchain")
 def test_langchain_is_restored_after_a_failed_run(engines):
     before = dict(vars(BaseChatModel))
 

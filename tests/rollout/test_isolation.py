@@ -302,6 +302,7 @@ def test_an_example_that_cannot_be_copied_is_refused_with_its_key(engine):
         run_episodes(one(), data, engine=engine)
 
 
+@pytest.mark.usefixtures("untouched_langchain")
 def test_langgraph_is_as_it_was_after_a_rollout(engine):
     before = {name: Pregel.__dict__[name] for name in isolation.PATCHED_NAMES}
     answers(one(), engine)

@@ -108,6 +108,7 @@ def engine() -> Iterator[FakeEngine]:
     kept.clear()
 
 
+@pytest.mark.usefixtures("untouched_langchain")
 @pytest.mark.parametrize("leaves", [in_a_thread, in_a_pool, hanging, in_a_task])
 def test_what_an_episode_leaves_running_is_not_answered_by_the_own_model(
     leaves: Callable[[Background], Any], engine: FakeEngine

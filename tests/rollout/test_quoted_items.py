@@ -100,8 +100,10 @@ def test_each_item_that_is_asked_about_at_once_is_a_call_s_own() -> None:
 
         return {"c": " ".join(await asyncio.gather(*map(one, state["votes"])))}
 
-    got = parents(chain(("drafts", drafts), ("reviews", reviews)))
-    assert sorted(got) == [("drafts", ()), ("drafts", ()), ("reviews", (0,)), ("reviews", (1,))]
+    calls = play(chain(("drafts", drafts), ("reviews", reviews))).calls
+    drafted = {call.index for call in calls if call.node == "drafts"}
+    reviewed = [drafted & {*call.parents} for call in calls if call.node == "reviews"]
+    assert sorted(map(sorted, reviewed)) == [[index] for index in sorted(drafted)]
 
 
 def test_an_agent_in_a_node_s_code_is_asked_about_one_item() -> None:
@@ -210,4 +212,4 @@ def test_an_agent_that_handles_errors_depends_on_what_it_is_asked_alone() -> Non
     builder = StateGraph(State).add_node("work", failing, error_handler=handler)
     graph = builder.add_edge(START, "work").compile()
     got = parents(graph)
-    assert got == [("work", ()), ("work/error_handler/fixer/model", ())]
+    assert sorted(got) == [("work", ()), ("work/error_handler/fixer/model", ())]
