@@ -4,10 +4,11 @@ Each graph run (a namespace of LangGraph's `tasks` stream) keeps for every chann
 the calls whose output the channel holds. A plain channel's provenance is replaced by its last
 writer's, a reducer's collects all writers'. A call depends on the channels that its task had read
 before it (`reads`; where that could not be seen, on all that the task was given; of lists on the
-items that its prompt quotes, if it quotes any) and on the task's earlier calls. What a task writes comes from its last calls, or, where it made none, from what it
-read; a value that it passes on as it is keeps its own. What was sent depends on what its sender
-read; where the sender is not known, on all tasks of the superstep that may have sent it. Pure
-functions of recorded events: nothing here runs anything.
+items that its prompt quotes, if it quotes any) and on the task's earlier calls. What a task writes
+comes from its last calls, or, where it made none, from what it read; a value that it passes on as
+it is keeps its own. What was sent depends on what its sender read; where the sender is not known,
+on all tasks of the superstep that may have sent it. Pure functions of recorded events: nothing here
+runs anything.
 """
 
 from __future__ import annotations
