@@ -54,6 +54,7 @@ _MAKERS = frozenset(
     | {"configurable_alternatives", "copy", "model_copy", "with_alisteners", "as_tool"}
 )
 """Methods that make a Runnable of a Runnable, and run nothing."""
+_ASKING = frozenset({"invoke", "ainvoke", "stream", "astream", "generate", "agenerate"})
 _GRAPH_MAKERS = frozenset({"create_agent", "create_react_agent"})
 _MODEL_MAKERS = frozenset({"init_chat_model", "init_chat_model_helper"})
 _PASSING_ON = frozenset(
@@ -96,7 +97,9 @@ class Calls:
             case Known(held):
                 return self._call_known(held, arguments, place)
             case Bound(function, owner):
-                return self._call_known(function, arguments.behind([[owner]]), place)
+                found = self._call_known(function, arguments.behind([[owner]]), place)
+                self._note_own_way(callee, is_met=found[1] > 0)
+                return found
             case Closure():
                 return self._search.code.follow_closure(callee, arguments)
             case Method(owner, name):
@@ -113,6 +116,13 @@ class Calls:
         if not isinstance(callee, Items | NewGraph | Parent):
             self._search.unresolve(place)
         return [DATA], calls
+
+    def _note_own_way(self, callee: Bound, *, is_met: bool) -> None:
+        """A chat model whose class asks in a way of its own, past LangChain's, is a client."""
+        held = callee.owner.value if isinstance(callee.owner, Known) else None
+        name = getattr(callee.function, "__name__", "")
+        if isinstance(held, BaseChatModel) and name in _ASKING and not is_met:
+            self._search.clients.add(f"{type(held).__name__}.{name}")
 
     def _call_method(self, owner: Value, name: str, values: list[Value], place: str) -> Called:
         match owner:

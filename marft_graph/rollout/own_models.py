@@ -7,6 +7,7 @@ that asks models beside the app (rewards, judges, callbacks) says so with `scope
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
@@ -60,11 +61,19 @@ def site_of(place: Place | None, model: str) -> CallSite:
 
 
 def refuse_late(place: Place) -> None:
-    """Refuse what a task of an episode does after the episode has ended.
+    """Refuse what a task of an episode asks after its end, or in a process of its own.
 
     Raises:
-        EpisodeTimeoutError: it has.
+        EpisodeTimeoutError: the episode has ended.
+        UndecidedCallError: nobody in this process can answer.
     """
+    if place.run.responder.is_strict and place.run.process != os.getpid():
+        raise UndecidedCallError(
+            f"node {place.node!r} asks its model in a process that it has started: neither an "
+            "adapter nor its own model answers there. Use threads (ThreadPoolExecutor, "
+            "asyncio.to_thread) instead",
+            place.node,
+        )
     if place.run.responder.is_strict and not place.run.is_active:
         raise EpisodeTimeoutError(f"node {place.node!r} called its model after its run had ended")
 

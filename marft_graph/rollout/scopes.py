@@ -12,12 +12,13 @@ Knows LangGraph's and LangChain's ways to run graphs and tools, and nothing of m
 from __future__ import annotations
 
 import contextvars
+import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.runnables.config import var_child_runnable_config
@@ -43,6 +44,7 @@ class Run:
 
     responder: Responder
     is_active: bool = True
+    process: int = field(default_factory=os.getpid)
     entered: _Scope | None = None
     """Where its outermost graph began."""
 

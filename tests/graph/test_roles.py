@@ -11,6 +11,7 @@ import openai
 import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import SummarizationMiddleware
+from langchain_core.language_models.fake_chat_models import FakeListChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.tools import tool
 from langgraph.errors import NodeError
@@ -235,3 +236,26 @@ def test_a_graph_that_the_code_makes_is_uncertain_until_a_run_shows_it() -> None
     flex_mg = compiled(outer)
     assert flex_mg.agents == ()
     assert flex_mg.uncertain == ("node",)
+
+
+def test_a_chat_model_that_asks_in_a_way_of_its_own_is_said_to_be_unseen() -> None:
+    class OwnWay(FakeListChatModel):
+        responses: list[str] = ["own"]  # noqa: RUF012 - a field of a pydantic model
+
+        def invoke(self, *args: Any, **kwargs: Any) -> Any:
+            return AIMessage("past LangChain")
+
+    class Polite(FakeListChatModel):
+        responses: list[str] = ["own"]  # noqa: RUF012 - a field of a pydantic model
+
+        def invoke(self, *args: Any, **kwargs: Any) -> Any:
+            return super().invoke(*args, **kwargs)
+
+    for kind, unseen in ((OwnWay, ("ask",)), (Polite, ())):
+        own = kind()
+
+        def ask(state: MessagesState, own: Any = own) -> Any:
+            return {"messages": [own.invoke(state["messages"])]}
+
+        builder = StateGraph(MessagesState).add_node("ask", ask).add_edge(START, "ask")
+        assert compile_graph(builder.compile()).unseen == unseen

@@ -1,4 +1,4 @@
-"""What an episode leaves running asks no model after its end, whatever runs then."""
+"""What an episode leaves running asks no model after its end; nor do processes that it starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import gc
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from typing import Any, ClassVar, TypedDict
 
 import pytest
@@ -16,6 +17,7 @@ from langgraph.graph import START, StateGraph
 
 from marft_graph import run_episodes
 from marft_graph.engine.fake import FakeEngine
+from marft_graph.errors import UndecidedCallError
 from marft_graph.rollout.process_loop import process_loop
 
 
@@ -131,3 +133,18 @@ def test_what_an_episode_leaves_running_is_not_answered_by_the_own_model(
             break
         threading.Event().wait(0.02)
     assert BaseChatModel.__dict__["_generate_with_cache"] is original
+
+
+def ask_in_a_process(question: str) -> str:
+    return paid.invoke(question).text
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_call_in_a_process_that_a_node_has_forked_is_refused_at_once(engine: FakeEngine) -> None:
+    def node(state: State) -> Any:
+        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as processes:
+            return {"answer": processes.submit(ask_in_a_process, state["question"]).result()}
+
+    graph = StateGraph(State).add_node("node", node).add_edge(START, "node").compile()
+    with pytest.raises(UndecidedCallError, match=r"'node' asks its model in a process .* threads"):
+        run_episodes(graph, [{"question": "q"}], engine=engine)
