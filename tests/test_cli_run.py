@@ -161,7 +161,9 @@ def test_wrong_input_is_named_before_anything_is_written(workflow, tmp_path, opt
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_signal_ends_with_a_checkpoint_that_resumes(workflow, tmp_path, signum):
     folder = tmp_path / "run"
     command = [sys.executable, "-c", "from marft_graph.cli import main; main()", "train"]
@@ -236,7 +238,7 @@ def test_inspect_shows_what_the_workflow_s_settings_train(workflow: Path, tmp_pa
         file.write("per_node: {writer: {adapter: house style}}\n")
     result = marft("inspect", copy)
     assert result.exit_code == 0, result.output
-    assert "[adapter house-20style]" in result.output
+    assert "[adapter house style]" in result.output
 
 
 def test_a_dry_run_counts_the_calls(workflow: Path) -> None:

@@ -18,7 +18,8 @@ def limit_of_graph(graph: Pregel[Any, Any, Any, Any], setting: int | None) -> in
     """Steps that an app may take: the setting, else what its `with_config` says, else 25.
 
     >>> from langgraph.graph import MessagesState, StateGraph
-    >>> app = StateGraph(MessagesState).add_node("a", dict).set_entry_point("a").compile()
+    >>> builder = StateGraph(MessagesState).add_node("a", lambda state: {})
+    >>> app = builder.set_entry_point("a").compile()
     >>> limit_of_graph(app, None), limit_of_graph(app.with_config(recursion_limit=7), None)
     (25, 7)
     >>> limit_of_graph(app.with_config(recursion_limit=7), 12)
