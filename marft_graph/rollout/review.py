@@ -71,6 +71,8 @@ class Review:
         if not done:
             work.cancel()
             problem, cause = f"took longer than {self.timeout:g} seconds (reward_timeout)", None
+        elif work.cancelled():
+            problem, cause = "raised CancelledError", None
         elif (cause := work.exception()) is not None:
             problem = f"raised {type(cause).__name__}: {cause}"
         else:

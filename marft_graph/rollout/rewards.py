@@ -227,6 +227,11 @@ class RewardCalls:
             else:
                 problem = f"raised {type(error).__name__}: {error}"
             raise RewardError(f"{what} {problem}") from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():  # the rollout ends, not the reward alone
+                raise
+            raise RewardError(f"{what} raised CancelledError: {error}") from error
         return as_reward(result, nodes, what)
 
     async def _result(self, reward: RewardFunction, example: Mapping[str, Any], state: Any) -> Any:

@@ -194,6 +194,10 @@ class WorkerThreads(ThreadPoolExecutor):
             return
         try:
             result = item.run()
+        except StopIteration as stop:  # asyncio's futures do not take one: nobody would be told
+            error = RuntimeError("StopIteration, as of next() on what has no more items")
+            error.__cause__ = stop
+            item.future.set_exception(error)
         except BaseException as error:  # noqa: BLE001 - delivered to whoever awaits the item
             item.future.set_exception(error)
         else:

@@ -201,6 +201,20 @@ def test_a_loop_that_never_ends_is_ended(engine):
     assert "interrupted again after 5 answers" in episode.error
 
 
+async def cancelled(example, state, asked):
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize(
+    ("reviewer", "name"),
+    [(lambda *asked: next(iter(())), "StopIteration"), (cancelled, "CancelledError")],
+)
+def test_what_asyncio_takes_for_an_end_is_a_reviewer_that_raised(engine, reviewer, name):
+    graph = chain(("draft", draft), ("approve", approve), checkpointer=InMemorySaver())
+    with pytest.raises(ReviewerError, match=f"on_interrupt raised .*{name}"):
+        run(graph, engine, reviewer, reward_timeout=10)
+
+
 def test_a_reviewer_that_raises_or_hangs_stops_the_rollout(engine):
     def broken(example, state, interrupt):
         raise KeyError("gold")
