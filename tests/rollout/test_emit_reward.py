@@ -242,7 +242,7 @@ def test_a_judge_without_a_model_rewards_the_branches_evenly_and_only_the_latest
     builder.add_edge(START, "first")
     builder.add_edge("first", "left")
     builder.add_edge("first", "right")
-    builder.add_node("left2", lambda state: {"log": [model.invoke(state["log"][-1]).text]})
+    builder.add_node("left2", lambda state: {"log": [model.invoke(str(state["log"])).text]})
     builder.add_edge("left", "left2")
     builder.add_edge(["left2", "right"], "judge")
     builder.add_edge("judge", "last")
