@@ -211,6 +211,10 @@ class FakeEngine:
             if isinstance(answer, Exception):
                 raise answer
             completion = self._completion(answer, request)
+        except StopIteration as stop:  # an awaited future does not take one
+            error = EngineError(f"the script has no more answers, for {request.agent!r}")
+            error.__cause__ = stop
+            future.set_exception(error)
         except BaseException as error:  # noqa: BLE001 - the script's own error is the caller's to see
             future.set_exception(error)
         else:

@@ -4,11 +4,14 @@ import math
 import time
 
 import pytest
+from langchain_core.language_models.fake_chat_models import FakeListChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langgraph.graph import START, MessagesState, StateGraph
 
 from marft_graph.engine.base import GenerationRequest, SamplingSettings, SupportsGate
 from marft_graph.engine.fake import END_OF_SEQUENCE, ByteCodec, FakeEngine
 from marft_graph.errors import EngineError
+from marft_graph.rollout.runner import run_episodes
 
 
 def ask(engine, agent="actor", **sampling):
@@ -147,3 +150,16 @@ def test_it_asks_its_gate_before_it_answers(make):
     engine.use_gate(gate)
     ask(engine).result(5)
     assert gate.waits >= 1
+
+
+def test_a_script_that_is_used_up_says_so_to_calls_that_are_awaited(make):
+    async def solver(state):
+        return {"messages": [await FakeListChatModel(responses=["own"]).ainvoke("q")]}
+
+    app = StateGraph(MessagesState).add_node("solver", solver).add_edge(START, "solver").compile()
+    answers = iter(["one"])
+    engine = make(lambda request: next(answers))
+    examples = [{"messages": "1"}, {"messages": "2"}]
+    episodes = run_episodes(app, examples, engine=engine, episode_timeout=20)
+    (failed,) = (episode for episode in episodes if not episode.ok)
+    assert "the script has no more answers, for 'solver'" in failed.error
