@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 @pytest.fixture
 def untouched_langchain() -> None:
     """LangChain as it is while nothing runs: what earlier tests have left running has ended."""
-    from marft_graph.rollout.scopes import has_leftovers
+    from marft_graph.rollout.scopes import leftovers
 
     deadline = time.monotonic() + 60
-    while has_leftovers() and time.monotonic() < deadline:
+    while leftovers() and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.01)
-    assert not has_leftovers()
+    assert not leftovers()
 
 
 @pytest.fixture(scope="session")

@@ -40,9 +40,9 @@ from marft_graph.rollout.scopes import (
     Place,
     Run,
     active_runs,
-    has_leftovers,
     in_run,
     known_metadata,
+    leftovers,
     places,
 )
 from marft_graph.rollout.token_limits import limit_of_app
@@ -70,6 +70,7 @@ _answers: contextvars.ContextVar[BaseChatModel | None] = contextvars.ContextVar(
 )
 _originals: dict[str, Any] = {}
 _is_installed = False
+_known_leftovers = 0
 _lock = threading.Lock()
 
 
@@ -101,16 +102,23 @@ def intercepting(responder: Responder, *, context: bool = True) -> Iterator[dict
 
 
 def tidy() -> None:
-    """After a rollout: what is kept by nothing but cycles, as failures are, is no leftover."""
-    if has_leftovers() and not active_runs():
+    """After a rollout: what is kept by nothing but cycles, as failures are, is no leftover.
+
+    A collection takes long in a process with large libraries, so it waits for something new.
+    """
+    global _known_leftovers
+    if active_runs():
+        return
+    if leftovers() > _known_leftovers:
         gc.collect()
+    _known_leftovers = leftovers()
 
 
 def _restore_if_over() -> None:
     """Put LangChain back where nothing runs any more that an episode has started."""
     if _lock.acquire(blocking=False):  # who has it looks again afterwards
         try:
-            if _is_installed and not active_runs() and not has_leftovers():
+            if _is_installed and not active_runs() and not leftovers():
                 _restore()
         finally:
             _lock.release()

@@ -135,9 +135,9 @@ def active_runs() -> list[Run]:
     return list(_runs.values())
 
 
-def has_leftovers() -> bool:
-    """Whether something that an episode has started may still ask a model, after its end."""
-    return bool(_ended)
+def leftovers() -> int:
+    """Runs that have ended, and of which something that they started may still ask a model."""
+    return len(_ended)
 
 
 def current_run() -> Run | None:
