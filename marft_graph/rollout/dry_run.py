@@ -26,6 +26,7 @@ from marft_graph.rollout.episodes import Rollout
 from marft_graph.rollout.inputs import AppInputs
 from marft_graph.rollout.settings import RolloutSettings
 from marft_graph.rollout.structure import schema_of
+from marft_graph.secret import without_secrets
 
 TEXT = "dry run"
 _MOST_EXAMPLES = 8
@@ -210,5 +211,7 @@ def _notes(flex_mg: FlexMG, episodes: Sequence[Episode]) -> list[str]:
 
 def _why(episode: Episode) -> str:
     """Why a run failed, on one line: the error's own words, not its kind alone."""
-    words = " ".join(episode.error.split()) or episode.status.removeprefix("failed: ")
+    words = without_secrets(" ".join(episode.error.split())) or episode.status.removeprefix(
+        "failed: "
+    )
     return words if len(words) <= _MOST_CHARACTERS else f"{words[:_MOST_CHARACTERS]}..."

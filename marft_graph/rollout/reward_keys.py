@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from marft_graph.graph.objects import cell_values
 from marft_graph.graph.roles import codes, reachable
 from marft_graph.rollout.rewards import CombinedReward, RewardFunction
 
@@ -154,8 +155,8 @@ class _Entry:
         """What a name stands for when the function is called."""
         if name == self.function.__code__.co_varnames[0] and self.holder is not _ABSENT:
             return self.holder
-        closed = inspect.getclosurevars(self.function)
-        for known in (_defaults(self.function), closed.nonlocals, closed.globals):
+        function = self.function
+        for known in (_defaults(function), cell_values(function), function.__globals__):
             if name in known:
                 return known[name]
         return _ABSENT
