@@ -12,6 +12,7 @@ import asyncio
 import contextvars
 import gc
 import threading
+import time
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -70,7 +71,7 @@ _answers: contextvars.ContextVar[BaseChatModel | None] = contextvars.ContextVar(
 )
 _originals: dict[str, Any] = {}
 _is_installed = False
-_known_leftovers = 0
+_next_collection = 0.0
 _lock = threading.Lock()
 
 
@@ -104,14 +105,16 @@ def intercepting(responder: Responder, *, context: bool = True) -> Iterator[dict
 def tidy() -> None:
     """After a rollout: what is kept by nothing but cycles, as failures are, is no leftover.
 
-    A collection takes long in a process with large libraries, so it waits for something new.
+    A collection takes long in a process with large libraries; where something is left for good (a
+    thread that hangs), collections take at most a twentieth of the time.
     """
-    global _known_leftovers
-    if active_runs():
+    global _next_collection
+    began = time.monotonic()
+    if active_runs() or not leftovers() or began < _next_collection:
         return
-    if leftovers() > _known_leftovers:
-        gc.collect()
-    _known_leftovers = leftovers()
+    gc.collect()
+    ended = time.monotonic()
+    _next_collection = ended + 20 * (ended - began)
 
 
 def _restore_if_over() -> None:
