@@ -70,10 +70,10 @@ def everything() -> tuple[Any, Counter[str]]:
         said = act(state)
         with lock:
             attempts[state["question"]] += 1
-            is_third = attempts[state["question"]] % 3 == 1
-        if is_third:
+            turn = attempts[state["question"]] % 3
+        if turn == 1:
             raise ConnectionError("try again")
-        if len(state["question"]) == 2:
+        if turn == 2 and len(state["question"]) == 2:
             raise ValueError("a bad question")
         return {"answer": said}
 
