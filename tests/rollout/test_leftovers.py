@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, ClassVar, TypedDict
 
 import pytest
@@ -140,6 +144,10 @@ def ask_in_a_process(question: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.skipif(
+    "MARFT_TEST_CHILD" not in os.environ,
+    reason="a process of other tests has threads that no fork survives",
+)
 def test_a_call_in_a_process_that_a_node_has_forked_is_refused_at_once(engine: FakeEngine) -> None:
     def node(state: State) -> Any:
         with ProcessPoolExecutor(1, mp_context=get_context("fork")) as processes:
@@ -148,3 +156,26 @@ def test_a_call_in_a_process_that_a_node_has_forked_is_refused_at_once(engine: F
     graph = StateGraph(State).add_node("node", node).add_edge(START, "node").compile()
     with pytest.raises(UndecidedCallError, match=r"'node' asks its model in a process .* threads"):
         run_episodes(graph, [{"question": "q"}], engine=engine)
+
+
+def test_a_call_in_a_forked_process_is_refused_at_once_seen_in_a_process_of_its_own() -> None:
+    name = "test_a_call_in_a_process_that_a_node_has_forked_is_refused_at_once"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-n0",
+            f"{__file__}::{name}",
+        ],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "MARFT_TEST_CHILD": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
