@@ -161,9 +161,7 @@ def test_wrong_input_is_named_before_anything_is_written(workflow, tmp_path, opt
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
-)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_with_a_checkpoint_that_resumes(workflow, tmp_path, signum):
     folder = tmp_path / "run"
     command = [sys.executable, "-c", "from marft_graph.cli import main; main()", "train"]

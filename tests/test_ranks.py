@@ -136,7 +136,6 @@ def test_two_processes_train_what_one_trains(
         assert own["episodes"] == other["episodes"] == 3 * 4
 
 
-@pytest.mark.slow
 def test_a_run_of_two_processes_is_resumed_by_two(tmp_path: Path, tiny_model: Path) -> None:
     given = {"base_model": str(tiny_model), "run_dir": str(tmp_path / "run")}
     for iterations, resume in ((1, False), (2, True)):
@@ -147,7 +146,6 @@ def test_a_run_of_two_processes_is_resumed_by_two(tmp_path: Path, tiny_model: Pa
     assert [json.loads(row)["iteration"] for row in rows] == [1, 2]
 
 
-@pytest.mark.slow
 def test_an_error_in_one_process_ends_all(tmp_path: Path, tiny_model: Path) -> None:
     settings = {"iterations": 1, "eval_every": 0}
     given = {"base_model": str(tiny_model), "run_dir": str(tmp_path / "run"), "fails_in": 1}
